@@ -1,0 +1,121 @@
+"""Attention sites of a UNet, numbered in forward order, and ways to choose among them.
+
+A site is one attention layer. MasaCtrl's "layer 10" is the tenth self-attention layer the forward pass meets: down blocks,
+mid block, up blocks. diffusers' `unet.attn_processors` lists the mid block LAST, so its order is never used here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from attention_control.errors import ControlError
+
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer.
+
+    index: its number among the sites of its kind, in forward order; kind: "self" or "cross"; path: the module's name inside
+    the UNet; downscale: how much smaller its grid is than the latent, per side; module: the layer itself.
+    """
+
+    index: int
+    kind: Kind
+    path: str
+    downscale: int
+    module: nn.Module
+
+    def tokens(self, latent_size: tuple[int, int]) -> int:
+        """How many queries the site has for a latent of (height, width)."""
+        height, width = (math.ceil(side / self.downscale) for side in latent_size)
+        return height * width
+
+
+def list_sites(unet: nn.Module, kind: Kind = "self") -> list[AttentionSite]:
+    """Every attention site of a diffusers UNet of that kind, in forward order; empty where the blocks have no attention."""
+    suffix = "attn1" if kind == "self" else "attn2"
+    sites: list[AttentionSite] = []
+    for prefix, block, downscale in _blocks(unet):
+        for name, module in block.named_modules():
+            if name.split(".")[-1] == suffix and hasattr(module, "to_q"):
+                sites.append(AttentionSite(len(sites), kind, f"{prefix}.{name}", downscale, module))
+    return sites
+
+
+def _blocks(unet: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
+    """(name, block, downscale of its attention) in forward order."""
+    scale = 1
+    for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
+        yield f"down_blocks.{i}", block, scale
+        scale *= 2 if getattr(block, "downsamplers", None) else 1
+    if getattr(unet, "mid_block", None) is not None:
+        yield "mid_block", unet.mid_block, scale  # type: ignore[misc]
+    for i, block in enumerate(unet.up_blocks):  # type: ignore[arg-type]
+        yield f"up_blocks.{i}", block, scale
+        scale //= 2 if getattr(block, "upsamplers", None) else 1
+
+
+ALLOWED = "a number '10', a range '10-15' or '10-', blocks 'up_blocks.2-3' or 'mid_block', a size 'tokens<=1024', or several joined by ','"
+
+
+def select_sites(sites: Sequence[AttentionSite], selector: str, latent_size: tuple[int, int]) -> list[AttentionSite]:
+    """The sites that match any part of `selector`, in forward order.
+
+    selector: see `ALLOWED`; latent_size: (height, width) of the latent, for sizes in tokens. Raises ControlError where the
+    selector cannot be read; an empty list where nothing matches.
+    """
+    parts = [_parse(part.strip()) for part in selector.split(",")]
+    return [site for site in sites if any(match(site, latent_size) for match in parts)]
+
+
+@dataclass(frozen=True)
+class _Match:
+    blocks: str | None = None
+    first: int = 0
+    last: float = math.inf
+    tokens: int | None = None
+
+    def __call__(self, site: AttentionSite, latent_size: tuple[int, int]) -> bool:
+        if self.tokens is not None:
+            return site.tokens(latent_size) <= self.tokens
+        if self.blocks is None:
+            return self.first <= site.index <= self.last
+        group, _, rest = site.path.partition(".")
+        return group == self.blocks and (group == "mid_block" or self.first <= int(rest.split(".")[0]) <= self.last)
+
+
+def check_selector(selector: str) -> str:
+    """Return `selector`, or raise ControlError where it cannot be read."""
+    for part in selector.split(","):
+        _parse(part.strip())
+    return selector
+
+
+def _parse(part: str) -> _Match:
+    if found := re.fullmatch(r"tokens<=(\d+)", part):
+        return _Match(tokens=int(found[1]))
+    if found := re.fullmatch(r"(?:(up_blocks|down_blocks)\.)?(\d+)(-(\d*))?", part):
+        blocks, first, ranged, last = found.groups()
+        end = int(first) if ranged is None else (math.inf if last == "" else int(last))
+        if end >= int(first):
+            return _Match(blocks=blocks, first=int(first), last=end)
+    if part in ("mid_block", "up_blocks", "down_blocks"):
+        return _Match(blocks=part)
+    raise ControlError(f"sites: cannot read {part!r}; write {ALLOWED}")
+
+
+def resolve_step(when: float | int, num_steps: int) -> int:
+    """A step index from an absolute number (an int) or a share of all steps (a float in [0, 1], rounded up): 0.08 of 50 is 4."""
+    if isinstance(when, int):
+        return when
+    if not 0 <= when <= 1:
+        raise ControlError(f"step {when}: write a whole number of steps, or a share of all steps between 0.0 and 1.0")
+    return math.ceil(round(when * num_steps, 9))

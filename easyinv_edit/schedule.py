@@ -1,0 +1,115 @@
+"""The noise schedule: one line per level, evaluated to sample and solved to invert.
+
+Every deterministic first-order sampler is, per level, linear in the latent and the raw model output:
+
+    z[i-1] = keep[i] * z[i] + push[i] * output(z[i], timesteps[i])
+
+Sampling evaluates the line (`denoise`); inversion solves it for z[i] (`renoise`). Level 0 is the clean latent, level T is
+noise. DDIM with eta = 0 (Song et al., arXiv 2010.02502, eq. 12) for epsilon and v prediction is served here; a scheduler's
+own `step` is never called. This module knows neither networks nor prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyinv_edit.errors import NonFiniteError, ScheduleError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Coefficients of T steps, Python floats (float64), each a tuple of length T + 1 indexed by level.
+
+    timesteps: the label the UNet is given at each level, ascending; entry 0 is unused (-1).
+    signal, noise: a latent of level i is `signal[i] * clean + noise[i] * gaussian`.
+    keep, push: the line above; entry 0 is unused (nan).
+    """
+
+    timesteps: tuple[int, ...]
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+    keep: tuple[float, ...]
+    push: tuple[float, ...]
+    prediction_type: str
+
+    @classmethod
+    def from_alphas(
+        cls, alphas_cumprod: Sequence[float] | Tensor, timesteps: Sequence[int], final_alpha: float, prediction_type: str
+    ) -> NoiseSchedule:
+        """Build the schedule of a variance-preserving diffusion model.
+
+        alphas_cumprod: cumulative alphas of all training timesteps; timesteps: the T labels to visit, any order;
+        final_alpha: cumulative alpha of the clean latent (diffusers' `final_alpha_cumprod`); prediction_type: "epsilon" or
+        "v_prediction". Raises ScheduleError for any other type, for repeated labels (multistep schedulers such as PNDM), and
+        for a last level without signal under epsilon prediction (zero terminal SNR), where the line cannot be solved.
+        """
+        if prediction_type not in PREDICTION_TYPES:
+            raise ScheduleError(f"prediction type is {prediction_type!r}; this sampler serves {' and '.join(PREDICTION_TYPES)}")
+        labels = sorted(int(t) for t in timesteps)
+        if not labels or len(set(labels)) != len(labels):
+            raise ScheduleError("the timesteps are empty or repeat; use a first-order schedule such as DDIM's")
+        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        levels = [float(final_alpha), *(float(alphas[t]) for t in labels)]
+        if prediction_type == "epsilon" and levels[-1] <= 0:
+            raise ScheduleError("zero terminal SNR with epsilon prediction has no inverse; use a v-prediction model or "
+                                "timestep_spacing='leading'")  # fmt: skip
+        signal = [math.sqrt(a) for a in levels]
+        noise = [math.sqrt(1 - a) for a in levels]
+        pairs = [_line(signal[i - 1], noise[i - 1], signal[i], noise[i], prediction_type) for i in range(1, len(levels))]
+        keep, push = zip((math.nan, math.nan), *pairs, strict=True)
+        return cls((-1, *labels), tuple(signal), tuple(noise), keep, push, prediction_type)
+
+    def __len__(self) -> int:
+        """T, the number of steps."""
+        return len(self.timesteps) - 1
+
+    def denoise(self, z: Tensor, output: Tensor, level: int) -> Tensor:
+        """One sampling step: latents of `level` (rows, C, H, W) and the raw model output there -> latents of `level - 1`."""
+        return self.keep[level] * z + self.push[level] * output
+
+    def renoise(self, z: Tensor, output: Tensor, level: int) -> Tensor:
+        """The same line solved for its start: latents of `level - 1` and an output -> latents of `level`.
+
+        Exact where `output` is the one the sampler will see at `level`; using any other is the whole error of inversion. For
+        epsilon prediction this equals diffusers' DDIMInverseScheduler; for v prediction it does not: theirs reads v at the
+        cleaner level, this solves the sampler's own step.
+        """
+        return (z - self.push[level] * output) / self.keep[level]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What identifies the schedule, JSON-able; `==` on two schedules compares the same things."""
+        return {"timesteps": list(self.timesteps), "signal": list(self.signal), "prediction_type": self.prediction_type}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> NoiseSchedule:
+        """The inverse of `as_dict`, bit-exact."""
+        labels, signal = list(content["timesteps"])[1:], [float(s) for s in content["signal"]]
+        kind = content["prediction_type"]
+        noise = [math.sqrt(max(0.0, 1 - s * s)) for s in signal]
+        pairs = [_line(signal[i - 1], noise[i - 1], signal[i], noise[i], kind) for i in range(1, len(signal))]
+        keep, push = zip((math.nan, math.nan), *pairs, strict=True)
+        return cls((-1, *labels), tuple(signal), tuple(noise), keep, push, kind)
+
+
+def _line(signal0: float, noise0: float, signal1: float, noise1: float, prediction_type: str) -> tuple[float, float]:
+    """(keep, push) of the step from a level with (signal1, noise1) down to one with (signal0, noise0)."""
+    if prediction_type == "epsilon":
+        return signal0 / signal1, noise0 - signal0 * noise1 / signal1
+    return signal0 * signal1 + noise0 * noise1, noise0 * signal1 - signal0 * noise1
+
+
+def require_finite(z: Tensor, method: str, level: int) -> Tensor:
+    """Return `z`, or raise NonFiniteError naming the method, the level and what to do."""
+    if not torch.isfinite(z).all():
+        raise NonFiniteError(
+            f"{method}: the latent of level {level} is not finite; use dtype float32 (or bfloat16), or a lower guidance scale"
+        )
+    return z

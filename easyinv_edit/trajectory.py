@@ -1,0 +1,98 @@
+"""What an inversion returns: the latents of every level and all that is needed to sample from them again.
+
+Saved as one safetensors file with a JSON header, never a pickle; reloaded bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from easyinv_edit.cost import Cost
+from easyinv_edit.errors import TrajectoryError
+from easyinv_edit.schedule import NoiseSchedule
+
+FORMAT = "easyinv-edit trajectory 1"
+EXTRA = "extra."
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Latents of levels 0 (clean) .. T (noise) of one source.
+
+    latents: (T + 1, rows, C, H, W); schedule: the one they were made on, the only one they may be sampled on;
+    method, settings: the inversion method's registry name and fields; prompt, guidance_scale: the source branch's;
+    extras: tensors a method needs at sampling time, each with level or step first; model: the identity the backbone gave
+    itself; source: the encoded picture, uint8 (H, W, 3), and fit: how it was made from the user's image; cost: of inverting.
+    """
+
+    latents: Tensor
+    schedule: NoiseSchedule
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    guidance_scale: float = 1.0
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    source: Tensor | None = None
+    fit: Mapping[str, Any] | None = None
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def clean(self) -> Tensor:
+        """The latent of level 0: the encoded source (rows, C, H, W)."""
+        return self.latents[0]
+
+    @property
+    def noise(self) -> Tensor:
+        """The latent of level T, where sampling starts (rows, C, H, W)."""
+        return self.latents[-1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trajectory; the file appears whole or not at all. Raises TrajectoryError where that is impossible."""
+        target = Path(path)
+        header = {name: getattr(self, name) for name in ("method", "settings", "prompt", "guidance_scale", "model", "fit")}
+        header |= {"schedule": self.schedule.as_dict(), "cost": asdict(self.cost)}
+        tensors = {"latents": self.latents, **{EXTRA + name: extra for name, extra in self.extras.items()}}
+        if self.source is not None:
+            tensors["source"] = self.source
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(content, partial, metadata={"format": FORMAT, "header": json.dumps(header, default=dict)})
+            os.replace(partial, target)
+        except (OSError, SafetensorError) as error:
+            raise TrajectoryError(f"{target}: cannot be written ({error}); choose a writable place") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Trajectory:
+        """Read a saved trajectory. Raises TrajectoryError where the file is missing, damaged or something else."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise TrajectoryError(f"{path}: cannot be read as an inversion ({error}); make one with `invert`") from error
+        if metadata.get("format") != FORMAT:
+            raise TrajectoryError(f"{path}: is a safetensors file but no inversion of this version; make one with `invert`")
+        header = json.loads(metadata["header"])
+        return cls(
+            latents=tensors.pop("latents"),
+            source=tensors.pop("source", None),
+            schedule=NoiseSchedule.from_dict(header.pop("schedule")),
+            cost=Cost(**header.pop("cost")),
+            extras={name.removeprefix(EXTRA): extra for name, extra in tensors.items()},
+            **header,
+        )
