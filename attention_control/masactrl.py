@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from attention_control.routes import Route
@@ -24,7 +24,7 @@ from attention_control.sites import check_selector
 Step = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class MasaCtrl:
     """Mutual self-attention (arXiv 2304.08465).
 

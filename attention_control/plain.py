@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from attention_control.routes import Route
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class NoControl:
     """Plain sampling. Has no settings. Cost: none."""
 

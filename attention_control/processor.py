@@ -43,20 +43,11 @@ class RoutedProcessor:
     def __init__(self, path: str, inner: Any, plans: PlanSource) -> None:
         self.path, self.inner, self.plans = path, inner, plans
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """hidden_states (batch, tokens, channels) -> the same shape."""
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states (batch, tokens, channels) -> the same shape; the rest goes to the replaced processor as it came."""
         plan = self.plans.plan_for(self.path, hidden_states.shape[0])
         if plan is None:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.inner(attn, hidden_states, *args, **kwargs)
         x = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query, key, value = (rearrange(f(x), "b n (h d) -> b n h d", h=attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
         query = query if attn.norm_q is None else attn.norm_q(query)
@@ -64,7 +55,7 @@ class RoutedProcessor:
         out = self._attend(query, key, value, plan)
         out = attn.to_out[1](attn.to_out[0](rearrange(out, "b n h d -> b n (h d)")))
         out = out + hidden_states if attn.residual_connection else out
-        return out / attn.rescale_output_factor  # type: ignore[no-any-return]
+        return out / attn.rescale_output_factor
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
         """All (batch, tokens, heads, dim)."""

@@ -34,7 +34,9 @@ class Route:
         if not 0 <= self.share <= 1:
             raise ControlError(f"share is {self.share}; it is a weight between 0 (own keys only) and 1 (source keys only)")
         if self.share < 1 and (self.query, self.key, self.value) != ("own", "source", "source"):
-            raise ControlError("a share below 1 needs query='own' and key=value='source': only keys with their values can be joined")
+            raise ControlError(
+                "a share below 1 needs query='own' and key=value='source': only keys with their values can be joined"
+            )
 
     def active(self, step: int, num_steps: int) -> bool:
         """Whether the route acts at `step` (0 .. num_steps - 1)."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 
 from attention_control.errors import ControlError
@@ -50,9 +51,13 @@ class Session:
     def step(self, step: int, streams: Streams) -> Iterator[None]:
         """One UNet call with rows `streams` at `step` (0 .. num_steps - 1).
 
-        Raises ControlError at the end where a site that should have been routed was never reached, which means something
-        replaced the attention processors meanwhile.
+        Raises ControlError where the run has no such step, and at the end where a site that should have been routed was never
+        reached, which means something replaced the attention processors meanwhile.
         """
+        if not 0 <= step < self.num_steps:
+            raise ControlError(
+                f"step {step} is none of the run's 0 to {self.num_steps - 1}; attach with the run's own num_steps"
+            )
         active = {path: r for path, routes in self.routes.items() for r in routes if r.active(step, self.num_steps)}
         self._plans = {path: _row_plan(route, streams) for path, route in active.items()} if streams.targets else {}
         self._batch, self._fired = len(streams), set()
@@ -83,9 +88,7 @@ def _row_plan(route: Route, streams: Streams) -> RowPlan:
 
 
 @contextmanager
-def controlled(
-    unet: nn.Module, controller: Controller, *, num_steps: int, latent_size: tuple[int, int]
-) -> Iterator[Session]:
+def controlled(unet: nn.Module, controller: Controller, *, num_steps: int, latent_size: tuple[int, int]) -> Iterator[Session]:
     """Route the attention of `unet` inside the block; its own processors are back afterwards, whatever happens inside.
 
     unet: a diffusers UNet; num_steps: T of the run; latent_size: (height, width) of its latents. Raises ControlError where a
@@ -100,11 +103,11 @@ def controlled(
     originals: dict[str, Any] = {site.path: site.module.processor for site in routed}
     try:
         for site in routed:
-            site.module.set_processor(RoutedProcessor(site.path, originals[site.path], session))  # type: ignore[operator]
+            site.module.set_processor(RoutedProcessor(site.path, originals[site.path], session))
         yield session
     finally:
         for site in routed:
-            site.module.set_processor(originals[site.path])  # type: ignore[operator]
+            site.module.set_processor(originals[site.path])
 
 
 def _assign(
@@ -114,7 +117,9 @@ def _assign(
     for route in routes:
         found = select_sites(sites, route.sites, latent_size)
         if not found:
-            raise ControlError(f"sites {route.sites!r} match none of the UNet's {len(sites)} self-attention sites; write {ALLOWED}")
+            raise ControlError(
+                f"sites {route.sites!r} match none of the UNet's {len(sites)} self-attention sites; write {ALLOWED}"
+            )
         if not any(route.active(step, num_steps) for step in range(num_steps)):
             raise ControlError(f"steps {route.start} to {route.stop} hold none of the run's {num_steps} steps; start earlier")
         for site in found:
@@ -132,5 +137,5 @@ def _refuse_overlap(route: Route, others: Sequence[Route], site: AttentionSite, 
 def _refuse_unusable(routed: Sequence[AttentionSite], sites: Sequence[AttentionSite]) -> None:
     if any(isinstance(site.module.processor, RoutedProcessor) for site in sites):
         raise ControlError("this UNet is already under attention control; finish that edit first, or use a second UNet")
-    if any(getattr(site.module, "fused_projections", False) for site in routed):
+    if any(isinstance(site.module.processor, FusedAttnProcessor2_0) for site in routed):
         raise ControlError("the UNet's attention projections are fused; call unfuse_qkv_projections() before editing")

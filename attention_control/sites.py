@@ -53,17 +53,20 @@ def list_sites(unet: nn.Module, kind: Kind = "self") -> list[AttentionSite]:
 def _blocks(unet: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
     """(name, block, downscale of its attention) in forward order."""
     scale = 1
-    for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
+    for i, block in enumerate(unet.down_blocks):
         yield f"down_blocks.{i}", block, scale
         scale *= 2 if getattr(block, "downsamplers", None) else 1
     if getattr(unet, "mid_block", None) is not None:
-        yield "mid_block", unet.mid_block, scale  # type: ignore[misc]
-    for i, block in enumerate(unet.up_blocks):  # type: ignore[arg-type]
+        yield "mid_block", unet.mid_block, scale
+    for i, block in enumerate(unet.up_blocks):
         yield f"up_blocks.{i}", block, scale
         scale //= 2 if getattr(block, "upsamplers", None) else 1
 
 
-ALLOWED = "a number '10', a range '10-15' or '10-', blocks 'up_blocks.2-3' or 'mid_block', a size 'tokens<=1024', or several joined by ','"
+ALLOWED = (
+    "a number '10', a range '10-15' or '10-', blocks 'up_blocks.2-3' or 'mid_block', a size 'tokens<=1024', "
+    "or several joined by ','"
+)
 
 
 def select_sites(sites: Sequence[AttentionSite], selector: str, latent_size: tuple[int, int]) -> list[AttentionSite]:
@@ -113,7 +116,7 @@ def _parse(part: str) -> _Match:
 
 
 def resolve_step(when: float | int, num_steps: int) -> int:
-    """A step index from an absolute number (an int) or a share of all steps (a float in [0, 1], rounded up): 0.08 of 50 is 4."""
+    """A step from a whole number (an int) or a share of all steps (a float in [0, 1], rounded up): 0.08 of 50 is 4."""
     if isinstance(when, int):
         return when
     if not 0 <= when <= 1:

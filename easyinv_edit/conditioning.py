@@ -23,7 +23,7 @@ class Conditioning:
     @property
     def rows(self) -> int:
         """How many rows are conditioned."""
-        return self.embeddings.shape[0]
+        return int(self.embeddings.shape[0])
 
     def select(self, rows: Sequence[int]) -> Conditioning:
         """The given rows, in the given order; a row may be repeated."""
@@ -53,4 +53,4 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    return torch.equal(a, b)
+    return bool(torch.equal(a, b))

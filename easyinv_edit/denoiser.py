@@ -76,10 +76,15 @@ class Denoiser:
     twins: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.guidance) != self.conditioning.rows:
-            raise ValueError(f"Denoiser: {len(self.guidance)} guidance scales for {self.conditioning.rows} rows")
+        rows = self.conditioning.rows
+        if len(self.guidance) != rows:
+            raise ValueError(f"Denoiser: {len(self.guidance)} guidance scales for {rows} rows")
+        if len(self.has_twin) != rows or any(s != 1 and not twin for s, twin in zip(self.guidance, self.has_twin, strict=True)):
+            raise ValueError("Denoiser: `twins` needs one entry per row, true where the guidance scale is not 1")
         if self.negative is None and any(self.has_twin):
             raise ValueError("Denoiser: a guidance scale other than 1 needs a negative conditioning")
+        if self.negative is not None and self.negative.rows != rows:
+            raise ValueError(f"Denoiser: {self.negative.rows} negative conditionings for {rows} rows")
 
     @property
     def has_twin(self) -> tuple[bool, ...]:

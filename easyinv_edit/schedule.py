@@ -63,9 +63,7 @@ class NoiseSchedule:
                                 "timestep_spacing='leading'")  # fmt: skip
         signal = [math.sqrt(a) for a in levels]
         noise = [math.sqrt(1 - a) for a in levels]
-        pairs = [_line(signal[i - 1], noise[i - 1], signal[i], noise[i], prediction_type) for i in range(1, len(levels))]
-        keep, push = zip((math.nan, math.nan), *pairs, strict=True)
-        return cls((-1, *labels), tuple(signal), tuple(noise), keep, push, prediction_type)
+        return cls._from_levels(labels, signal, noise, prediction_type)
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -86,17 +84,26 @@ class NoiseSchedule:
 
     def as_dict(self) -> dict[str, Any]:
         """What identifies the schedule, JSON-able; `==` on two schedules compares the same things."""
-        return {"timesteps": list(self.timesteps), "signal": list(self.signal), "prediction_type": self.prediction_type}
+        return {
+            "timesteps": list(self.timesteps),
+            "signal": list(self.signal),
+            "noise": list(self.noise),
+            "prediction_type": self.prediction_type,
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> NoiseSchedule:
         """The inverse of `as_dict`, bit-exact."""
-        labels, signal = list(content["timesteps"])[1:], [float(s) for s in content["signal"]]
-        kind = content["prediction_type"]
-        noise = [math.sqrt(max(0.0, 1 - s * s)) for s in signal]
-        pairs = [_line(signal[i - 1], noise[i - 1], signal[i], noise[i], kind) for i in range(1, len(signal))]
+        return cls._from_levels(content["timesteps"][1:], content["signal"], content["noise"], content["prediction_type"])
+
+    @classmethod
+    def _from_levels(
+        cls, labels: Sequence[int], signal: Sequence[float], noise: Sequence[float], prediction_type: str
+    ) -> NoiseSchedule:
+        """labels of levels 1 .. T; signal and noise of levels 0 .. T."""
+        pairs = [_line(signal[i - 1], noise[i - 1], signal[i], noise[i], prediction_type) for i in range(1, len(signal))]
         keep, push = zip((math.nan, math.nan), *pairs, strict=True)
-        return cls((-1, *labels), tuple(signal), tuple(noise), keep, push, kind)
+        return cls((-1, *labels), tuple(signal), tuple(noise), keep, push, prediction_type)
 
 
 def _line(signal0: float, noise0: float, signal1: float, noise1: float, prediction_type: str) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,14 @@ class Trajectory:
         partial = target.with_name(f".{target.name}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            content = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
             save_file(content, partial, metadata={"format": FORMAT, "header": json.dumps(header, default=dict)})
             os.replace(partial, target)
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(f"{target}: cannot be written ({error}); choose a writable place") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Trajectory:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from easyinv_edit.inversion.base import InversionMethod, climb
 from easyinv_edit.inversion.ddim import DDIM
 from easyinv_edit.inversion.easyinv import EasyInv
+from easyinv_edit.inversion.fixed_point import FixedPoint
 
 INVERSIONS: dict[str, type[InversionMethod]] = {
     "ddim": DDIM,
     "easyinv": EasyInv,
+    "fixed_point": FixedPoint,
 }
 
-__all__ = ["DDIM", "INVERSIONS", "EasyInv", "InversionMethod", "climb"]
+__all__ = ["DDIM", "INVERSIONS", "EasyInv", "FixedPoint", "InversionMethod", "climb"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from easyinv_edit.inversion.base import OnLevel, climb
 from easyinv_edit.trajectory import Trajectory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DDIM:
     """z_i = renoise(z_{i-1}, output(z_{i-1}, t_i)). Has no settings.
 

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -41,7 +41,7 @@ PRESETS: dict[str, tuple[float, tuple[float, float]]] = {"sd": (0.5, (0.05, 0.25
 """eta and window the authors use, per model family."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class EasyInv:
     """EasyInv (arXiv 2408.05159).
 

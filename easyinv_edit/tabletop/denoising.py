@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def train(
     scenes: Sequence[Scene],
     settings: Fit,
     folder: Path,
+    on_save: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train both networks in place on latents (N, 4, 16, 16) of `scenes`; returns the record."""
+    """Train both networks in place on latents (N, 4, 16, 16) of `scenes`; returns the record. See `fit` for the rest."""
     device = next(unet.parameters()).device
     alphas_cumprod = build_scheduler().alphas_cumprod
 
@@ -65,7 +66,7 @@ def train(
         return (loss_weight(alphas, progress).to(device) * error).mean(), _bands(timesteps, error)
 
     model = nn.ModuleDict({"unet": unet.to(memory_format=torch.channels_last), "text": text_encoder}).train()
-    record = fit("unet", model, loss, settings, folder)
+    record = fit("unet", model, loss, settings, folder, on_save)
     model.eval()
     return record
 

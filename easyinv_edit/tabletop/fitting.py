@@ -12,11 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
 CHECKPOINT_SECONDS = 120.0
@@ -26,7 +28,7 @@ Loss = Callable[[torch.Generator, float], tuple[Tensor, dict[str, float]]]
 """(generator of this step, progress in [0, 1]) -> (scalar loss, figures to log)."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Fit:
     """How long and how fast to train one network.
 
@@ -59,52 +61,77 @@ class Fit:
 
 
 @dataclass
-class _State:
+class _Run:
+    """A fit under way: everything a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    path: Path
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def position(self) -> dict[str, Any]:
+        return {"step": self.step, "samples": self.samples, "seconds": self.seconds}
 
 
-def fit(name: str, model: nn.Module, loss: Loss, settings: Fit, folder: Path) -> dict[str, Any]:
+def fit(
+    name: str, model: nn.Module, loss: Loss, settings: Fit, folder: Path, on_save: Callable[[int], None] | None = None
+) -> dict[str, Any]:
     """Train `model` in place and leave the averaged weights in it; returns the training record.
 
-    Resumes from `folder/name.checkpoint` where that exists and appends to `folder/log.jsonl`. Raises FloatingPointError on
-    a loss that is not finite.
+    Resumes from `folder/name.checkpoint` where that exists and appends to `folder/log.jsonl`. on_save: called with the step at
+    every checkpoint, the model holding the averaged weights meanwhile. Raises FloatingPointError on a loss that is not finite.
     """
-    checkpoint = folder / f"{name}.checkpoint"
-    device = next(model.parameters()).device
+    run = _start(model, settings, folder / f"{name}.checkpoint")
+    began = saved = time.monotonic()
+    began -= run.seconds
+    while (progress := settings.progress(run.samples, run.seconds)) < 1:
+        _step(name, run, loss, settings, progress)
+        run.seconds = time.monotonic() - began
+        if run.step % LOG_STEPS == 0:
+            _log(folder, name, run, progress)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _save(run, on_save)
+            saved = time.monotonic()
+    _save(run, on_save)
+    model.load_state_dict(run.average)
+    return {**run.position(), "seconds": round(run.seconds, 1), "seed": settings.seed}
+
+
+def _start(model: nn.Module, settings: Fit, path: Path) -> _Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=settings.betas, weight_decay=1e-2)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    state = _resume(checkpoint, model, optimizer, average)
-    saved, sums, began = time.monotonic(), {}, time.monotonic() - state.seconds
-    while (progress := settings.progress(state.samples, state.seconds)) < 1:
-        generator = torch.Generator().manual_seed(settings.seed * 10_000_019 + state.step)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate_at(state.step, progress)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            value, figures = loss(generator, progress)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{name}: loss is {value.item()} at step {state.step}; lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        decay = min(settings.ema, (1 + state.step) / (20 + state.step))
-        _average(average, model, decay)
-        state.step += 1
-        state.samples += settings.batch
-        state.seconds = time.monotonic() - began
-        for key, figure in {"loss": value.item(), **figures}.items():
-            sums.setdefault(key, []).append(figure)
-        if state.step % LOG_STEPS == 0:
-            _log(folder, name, state, progress, sums)
-            sums = {}
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            _save(checkpoint, model, optimizer, average, state)
-            saved = time.monotonic()
-    _save(checkpoint, model, optimizer, average, state)
-    model.load_state_dict(average)
-    return {"steps": state.step, "samples": state.samples, "seconds": round(state.seconds, 1), "seed": settings.seed}
+    run = _Run(model, optimizer, average, path)
+    if path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        for key, value in content["average"].items():
+            average[key].copy_(value)
+        run.step, run.samples, run.seconds = (content["position"][key] for key in ("step", "samples", "seconds"))
+    return run
+
+
+def _step(name: str, run: _Run, loss: Loss, settings: Fit, progress: float) -> None:
+    generator = torch.Generator().manual_seed(settings.seed * 10_000_019 + run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = settings.rate_at(run.step, progress)
+    with torch.autocast(next(run.model.parameters()).device.type, dtype=torch.bfloat16):
+        value, figures = loss(generator, progress)
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"{name}: loss is {value.item()} at step {run.step}; lower the learning rate")
+    run.optimizer.zero_grad(set_to_none=True)
+    value.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
+    run.optimizer.step()
+    _average(run.average, run.model, min(settings.ema, (1 + run.step) / (20 + run.step)))
+    run.step += 1
+    run.samples += settings.batch
+    for key, figure in {"loss": value.item(), **figures}.items():
+        run.sums.setdefault(key, []).append(figure)
 
 
 @torch.no_grad()
@@ -116,27 +143,22 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
             average[key].copy_(value)
 
 
-def _log(folder: Path, name: str, state: _State, progress: float, sums: dict[str, list[float]]) -> None:
-    finite = {key: [v for v in values if not math.isnan(v)] for key, values in sums.items()}
-    means = {key: round(sum(values) / len(values), 6) for key, values in finite.items() if values}
-    line = {"network": name, **vars(state), "seconds": round(state.seconds, 1), "progress": round(progress, 4), **means}
+def _log(folder: Path, name: str, run: _Run, progress: float) -> None:
+    kept = {key: [v for v in values if not math.isnan(v)] for key, values in run.sums.items()}
+    means = {key: round(sum(values) / len(values), 6) for key, values in kept.items() if values}
+    line = {"network": name, **run.position(), "seconds": round(run.seconds, 1), "progress": round(progress, 4), **means}
     with (folder / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
+    run.sums.clear()
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], state: _State) -> None:
-    partial = path.with_suffix(".partial")
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "state": vars(state)}
-    torch.save(content, partial)
-    os.replace(partial, path)
-
-
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> _State:
-    if not path.exists():
-        return _State()
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    for key, value in content["average"].items():
-        average[key].copy_(value)
-    return _State(**content["state"])
+def _save(run: _Run, on_save: Callable[[int], None] | None) -> None:
+    partial = run.path.with_suffix(".partial")
+    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    torch.save({**content, "average": run.average, "position": run.position()}, partial)
+    os.replace(partial, run.path)
+    if on_save is not None:
+        current = {key: value.detach().clone() for key, value in run.model.state_dict().items()}
+        run.model.load_state_dict(run.average)
+        on_save(run.step)
+        run.model.load_state_dict(current)

@@ -1,6 +1,6 @@
 """The networks of the embedded model, in exactly SD 1.x's structure, and their export as an ordinary diffusers folder.
 
-AutoencoderKL (8 x 8 becomes 4 x 4 here: three levels, factor 4), CLIPTextModel with a vocabulary of its own, and a
+AutoencoderKL (factor 4 instead of 8), CLIPTextModel with a vocabulary of its own, and a
 UNet2DConditionModel with SD's block types: 16 self-attention sites in the places where SD 1.x has them.
 """
 
@@ -88,7 +88,7 @@ def build_autoencoder() -> AutoencoderKL:
         sample_size=PICTURE_SIZE,
         scaling_factor=1.0,
     )
-    model.set_attn_processor(AttnProcessor())  # see build_unet
+    use_plain_attention(model)
     return model
 
 
@@ -105,8 +105,14 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=8,
     )
-    model.set_attn_processor(AttnProcessor())
+    use_plain_attention(model)
     return model
+
+
+def use_plain_attention(*models: AutoencoderKL | UNet2DConditionModel) -> None:
+    """Softmax attention for training; see `build_unet`. `build_pipeline` puts diffusers' default back."""
+    for model in models:
+        model.set_attn_processor(AttnProcessor())
 
 
 def build_scheduler() -> DDIMScheduler:

@@ -1,0 +1,63 @@
+"""Build a registered method from what a user writes: a name, a name with fields, or a ready object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from easyinv_edit.errors import InputError
+
+
+def build(registry: Mapping[str, type[Any]], choice: Any, what: str) -> Any:
+    """`choice` as an object of `registry`.
+
+    choice: a registered name; a mapping with "name" and the method's fields; or an object, which is returned as it is. what:
+    how to call it in errors ("inversion method"). Raises InputError naming the allowed names or fields and the nearest match.
+    """
+    if isinstance(choice, str):
+        choice = {"name": choice}
+    if not isinstance(choice, Mapping):
+        return choice
+    fields = {key: value for key, value in choice.items() if key != "name"}
+    name = choice.get("name")
+    if name not in registry:
+        raise InputError(f"{what} {name!r} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")
+    try:
+        return registry[name](**fields)
+    except ValidationError as error:
+        raise InputError(f"{what} {name}: {'; '.join(text for _, text in problems(error, registry[name]))}") from error
+
+
+def problems(error: ValidationError, method: type[Any]) -> list[tuple[str, str]]:
+    """(field, one line) for every problem of a method's settings."""
+    allowed = [f.name for f in dataclasses.fields(method)]
+    lines = {}
+    for item in error.errors(include_url=False):
+        key = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "unexpected_keyword_argument":
+            lines[key] = f"{key}: unknown setting; allowed: {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+        else:
+            lines.setdefault(key, f"{key}: {plain(item)}")
+    return list(lines.items())
+
+
+def plain(item: Mapping[str, Any]) -> str:
+    """A pydantic error as one plain clause that names what was given."""
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return f"{message} (got {item['input']!r})"
+
+
+def nearest(word: Any, allowed: Any) -> str:
+    """" - did you mean 'x'?" where something allowed is close, else nothing."""
+    match = difflib.get_close_matches(str(word), list(allowed), n=1)
+    return f" - did you mean {match[0]!r}?" if match else ""
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """A method as the mapping a recipe would hold: its name and fields."""
+    name = getattr(method, "name", type(method).__name__)
+    return {"name": name, **(dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {})}  # type: ignore[arg-type]

@@ -1,0 +1,314 @@
+"""The command line. Heavy libraries are imported inside commands, so that `--help` is instant.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Bad input is one line per problem on stderr, never a traceback
+unless `--debug` is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from easyinv_edit.recipe import EditRecipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
+tabletop_app = typer.Typer(no_args_is_help=True, help="The tabletop world and the embedded model.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(tabletop_app, name="tabletop")
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no text, only errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, e.g. guidance_scale=5.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pictures and result.json.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a name from `recipes list`.")]
+SourcePrompt = Annotated[str | None, typer.Option("--source-prompt", "-s", help="What the image shows.")]
+
+
+@app.command()
+def demo(output: Output = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False) -> None:
+    """Edit two rendered scenes and a photograph with the embedded model, offline."""
+    _settle(quiet or json_)
+    from easyinv_edit import demo as demonstration
+
+    report = demonstration.run(Path(output or "outputs/demo"), progress=not (quiet or json_))
+    _show(report, quiet, json_, demonstration.table)
+
+
+@app.command()
+def edit(
+    image: Annotated[str, typer.Argument(help="An image, an inversion made by `invert` (.safetensors), or scene:SEED.")],
+    prompt: Annotated[str, typer.Argument(help="What the edited image shall show.")],
+    overrides: Overrides = None,
+    source_prompt: SourcePrompt = None,
+    recipe: RecipeName = None,
+    output: Output = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Edit an image to a target prompt."""
+    given = {"image": image, "prompts": [prompt], "source_prompt": source_prompt, "output": output}
+    values = {key: value for key, value in given.items() if value is not None}
+    if image.endswith(".safetensors"):
+        _refuse_inversion_keys(overrides or [], source_prompt)
+    _carry_out(_recipe(recipe, overrides, values), quiet, json_)
+
+
+@app.command()
+def invert(
+    image: Annotated[str, typer.Argument(help="An image, or scene:SEED.")],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The inversion file to write.")] = "inversion.safetensors",
+    source_prompt: SourcePrompt = None,
+    recipe: RecipeName = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Invert an image once, to be edited many times."""
+    _settle(quiet or json_)
+    from easyinv_edit.errors import InputError
+    from easyinv_edit.running import invert_recipe, open_pipeline
+
+    if not output.endswith(".safetensors"):
+        raise InputError(f"{output}: an inversion file must end in .safetensors, so that `edit` knows it")
+    values = {"image": image, **({} if source_prompt is None else {"source_prompt": source_prompt})}
+    chosen = _recipe(recipe, overrides, values)
+    pipe = open_pipeline(chosen)
+    pipe.set_progress_bar_config(disable=quiet or json_ or not sys.stderr.isatty())
+    trajectory = invert_recipe(chosen, pipe)
+    trajectory.save(output)
+    facts = {"file": output, "evaluations": trajectory.cost.evaluations, "seconds": round(trajectory.cost.seconds, 3)}
+    _show(facts, quiet, json_, lambda f: f"{f['file']}: {f['evaluations']} UNet evaluations, {f['seconds']} s")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a name from `recipes list`.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe."""
+    _carry_out(_recipe(recipe, overrides, {}), quiet, json_)
+
+
+@app.command()
+def doctor(json_: Json = False, debug: Debug = False) -> None:
+    """Check versions, devices and the embedded model."""
+    _settle(True)
+    from dataclasses import asdict
+
+    from easyinv_edit.doctor import examine
+
+    findings = examine()
+    lines = [f"{'ok ' if f.good else 'BAD'}  {f.what}: {f.found}" for f in findings]
+    typer.echo(json.dumps([asdict(f) for f in findings], indent=2) if json_ else "\n".join(lines))
+    if not all(f.good for f in findings):
+        raise typer.Exit(1)
+
+
+@recipes_app.command("list")
+def recipes_list(json_: Json = False, debug: Debug = False) -> None:
+    """The recipes that come with this package."""
+    found = {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in _shipped()}
+    typer.echo(json.dumps(found, indent=2) if json_ else "\n".join(f"{name:24} {first}" for name, first in found.items()))
+
+
+@recipes_app.command("show")
+def recipes_show(name: str, overrides: Overrides = None, debug: Debug = False) -> None:
+    """A recipe with every key written out."""
+    typer.echo(_recipe(name, overrides, {}).to_yaml(), nl=False)
+
+
+@recipes_app.command("check")
+def recipes_check(names: list[str], debug: Debug = False) -> None:
+    """Report every problem of recipes, without loading a model."""
+    from easyinv_edit.errors import RecipeError
+
+    found: list[str] = []
+    for name in names:
+        try:
+            _recipe(name, None, {})
+        except RecipeError as error:
+            found += error.problems
+    if found:
+        raise RecipeError(found)
+    typer.echo(f"{len(names)} recipe{'s' if len(names) > 1 else ''}: no problems")
+
+
+@tabletop_app.command("render")
+def tabletop_render(
+    seeds: Annotated[list[int], typer.Argument(help="Scene seeds.")],
+    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/scenes",
+    size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 128,
+    debug: Debug = False,
+) -> None:
+    """Render scenes to PNG files and print their captions."""
+    from easyinv_edit.images import save_png, to_pil
+    from easyinv_edit.tabletop.captions import caption
+    from easyinv_edit.tabletop.render import render
+    from easyinv_edit.tabletop.scene import random_scene
+
+    for seed in seeds:
+        scene = random_scene(seed)
+        path = Path(output) / f"scene-{seed}.png"
+        save_png(to_pil(render([scene], size)[0] * 2 - 1)[0], path)
+        typer.echo(f"{path}: {caption(scene)}")
+
+
+@tabletop_app.command("train")
+def tabletop_train(
+    recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; an interrupted run resumes.")] = "runs/tabletop",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Train the embedded model from scratch, or resume."""
+    _settle(True)
+    from easyinv_edit.running import resolve_device
+    from easyinv_edit.tabletop.training import read_training_recipe, train
+
+    train(read_training_recipe(_config("tabletop", recipe)), Path(output), resolve_device(device), report=typer.echo)
+
+
+@tabletop_app.command("evaluate")
+def tabletop_evaluate(
+    model: Annotated[str, typer.Option(help="A model folder or 'embedded'.")] = "embedded",
+    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model: samples judged, reconstructions, and edits whose true result is rendered."""
+    _settle(True)
+    from easyinv_edit.evaluation import tabletop
+
+    report = tabletop.evaluate(model, Path(output), scenes, steps, report=lambda text: typer.echo(text, err=True))
+    _show(report, False, json_, tabletop.text)
+
+
+def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
+    _settle(quiet or json_)
+    from easyinv_edit.running import edit_recipe, invert_recipe, open_pipeline, require_image_and_prompts
+    from easyinv_edit.trajectory import Trajectory
+
+    require_image_and_prompts(recipe)
+    _require_writable(Path(recipe.output))
+    image = recipe.image or ""
+    stored = Trajectory.load(image) if image.endswith(".safetensors") else None
+    pipe = open_pipeline(recipe)
+    pipe.set_progress_bar_config(disable=quiet or json_ or not sys.stderr.isatty())
+    result = edit_recipe(recipe, pipe, stored or invert_recipe(recipe, pipe))
+    _show(result.save(recipe.output), quiet, json_, lambda facts: _edit_text(facts, recipe.output))
+
+
+def _edit_text(facts: dict[str, Any], folder: str) -> str:
+    evaluations, seconds, quality = facts["evaluations"], facts["seconds"], facts["reconstruction"]
+    return (
+        f"{folder}: {', '.join(facts['images'].values())}\n"
+        f"UNet evaluations: {evaluations['invert']} to invert, {evaluations['edit']} to edit; "
+        f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; "
+        f"reconstruction {quality.get('psnr', float('nan')):.1f} dB (autoencoder alone {quality.get('vae_psnr', float('nan')):.1f})"
+    )
+
+
+def _recipe(name: str | None, overrides: list[str] | None, values: dict[str, Any]) -> EditRecipe:
+    from easyinv_edit import recipe
+
+    if name is None:
+        return recipe.parse("", "recipe", overrides or (), values)
+    return recipe.read(_config("recipes", name), overrides or (), values)
+
+
+def _shipped(group: str = "recipes") -> list[Path]:
+    """The YAML files that come with this package: installed inside it, in a checkout beside it."""
+    here = Path(__file__).parent
+    homes = (here / "configs" / group, here.parent / "configs" / group)
+    return sorted(next((home for home in homes if home.is_dir()), homes[0]).glob("*.yaml"))
+
+
+def _config(group: str, name: str) -> Path:
+    """A file as it is, or the shipped one of that name."""
+    shipped = {path.stem: path for path in _shipped(group)}
+    return shipped[name] if name in shipped and not Path(name).exists() else Path(name)
+
+
+INVERSION_KEYS = ("model.", "image", "source_prompt", "num_inference_steps", "inversion", "size", "fit")
+
+
+def _refuse_inversion_keys(overrides: list[str], source_prompt: str | None) -> None:
+    from easyinv_edit.errors import InputError
+
+    given = [o.split("=")[0] for o in overrides] + ([] if source_prompt is None else ["source_prompt"])
+    if wrong := [key for key in given if key.split(".")[0] in INVERSION_KEYS or key.startswith("inversion")]:
+        raise InputError(f"{', '.join(wrong)}: decided when the inversion was made; give the image instead, or leave it out")
+
+
+def _require_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    from easyinv_edit.errors import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+def _show(facts: Any, quiet: bool, json_: bool, text: Any) -> None:
+    if json_:
+        typer.echo(json.dumps(facts, indent=2))
+    elif not quiet:
+        typer.echo(text(facts))
+
+
+def _settle(quiet: bool) -> None:
+    """Keep other libraries' bars and notices off the terminal; our own warnings are one line each."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from easyinv_edit.errors import EasyInvWarning
+
+    for logging in (transformers_logging, diffusers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore" if quiet else "always", EasyInvWarning)
+    warnings.showwarning = lambda message, *_args, **_kwargs: typer.echo(f"warning: {message}", err=True)
+
+
+def main() -> None:
+    """Entry point: turns exceptions into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from easyinv_edit.errors import EasyInvError, InputError
+
+        if debug:
+            raise
+        known = isinstance(error, (EasyInvError, ValueError))
+        typer.echo(f"error: {error}" if known else f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
+        sys.exit(2 if isinstance(error, InputError) or type(error).__name__ == "ControlError" else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Edits whose true result is known: the scene is changed in one word, rendered again, and compared with what the edit made.
+
+Both prompts leave some words unnamed, so that only the source can supply them; that is what attention control is for.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.images import to_pil
+from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit.tabletop.captions import caption
+from easyinv_edit.tabletop.judge import Judge, shown
+from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.scene import COLOURS, POSES, SHAPES, SIZES, Scene, replace, second_colours
+from easyinv_edit.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of edit. field: the scene attribute that changes; unnamed: what both prompts leave unsaid; kept: the
+    attributes, besides, that a good edit keeps."""
+
+    name: str
+    field: str
+    unnamed: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+TASKS: tuple[Task, ...] = (
+    Task("shape", "shape", ("texture", "colour", "second"), ("texture", "colour", "second")),
+    Task("size", "size", ("texture", "colour", "second"), ("texture", "colour", "second", "shape")),
+    Task("turn", "pose", ("texture", "colour", "second"), ("texture", "colour", "second", "shape")),
+    Task("colour", "colour", ("texture", "second"), ("texture", "shape")),
+)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "random noise, plain": {"control": "none", "noise_mix": 1.0},
+    "inverted, plain": {"control": "none"},
+    "inverted, masactrl": {"control": "masactrl"},
+}
+"""What is compared; keyword arguments of `EditPipeline.edit`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scene, its edited truth, and both prompts."""
+
+    task: Task
+    source: Scene
+    truth: Scene
+    source_prompt: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one task. psnr, object_psnr: mean dB against the rendered truth, whole picture and inside the true object;
+    deviation: of object_psnr over scenes; target: share of pictures in which the judge sees the requested word; kept: the
+    same for the unnamed words."""
+
+    task: str
+    method: str
+    psnr: float
+    object_psnr: float
+    deviation: float
+    target: float
+    kept: float
+
+
+def make_case(task: Task, scene: Scene) -> Case | None:
+    """The case of a scene, or None where the task cannot be shown on it (a plain object has no texture to keep)."""
+    if scene.texture == "plain" or (task.field == "pose" and scene.shape in ("ball", "ring")):
+        return None
+    truth = replace(scene, **{task.field: _other(task.field, scene)})
+    return Case(task, scene, truth, caption(scene, task.unnamed), caption(truth, task.unnamed))
+
+
+def _other(field: str, scene: Scene) -> str:
+    """Another word for the attribute, chosen without chance: the one half way round its table."""
+    words = {"shape": SHAPES, "size": tuple(SIZES), "pose": tuple(POSES), "colour": tuple(COLOURS)}[field]
+    if field == "size":
+        return "large" if scene.size != "large" else "small"
+    if field == "colour":
+        words = tuple(c for c in words if c != scene.colour and scene.second in second_colours(c))
+        return words[len(words) // 2]
+    return words[(words.index(getattr(scene, field)) + len(words) // 2) % len(words)]
+
+
+def make_cases(task: Task, scenes: Sequence[Scene], count: int) -> list[Case]:
+    """The first `count` cases that a task finds among scenes."""
+    return [case for scene in scenes if (case := make_case(task, scene)) is not None][:count]
+
+
+def run_task(
+    pipe: EditPipeline,
+    judge: Judge,
+    cases: Sequence[Case],
+    *,
+    inversion: str = "easyinv",
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
+) -> tuple[list[Outcome], Image.Image]:
+    """Edit every case with every method; returns the outcomes, bounds included, and a grid of pictures.
+
+    Grid rows: source, true edit, then the methods; one column per case, at most twelve.
+    """
+    size = pipe.backbone.native_size[0]
+    sources, _ = render([case.source for case in cases], size)
+    truths, masks = render([case.truth for case in cases], size)
+    trajectories = [
+        pipe.invert(to_pil(picture[None] * 2 - 1)[0], case.source_prompt, inversion, num_inference_steps=num_inference_steps)
+        for picture, case in zip(sources, cases, strict=True)
+    ]
+    made: dict[str, Tensor] = {"source unedited": sources, "autoencoder of the truth": _round_trip(pipe, truths)}
+    for method, options in METHODS.items():
+        edits = [_edit(pipe, t, c, i, guidance_scale, options) for i, (t, c) in enumerate(zip(trajectories, cases, strict=True))]
+        made[method] = torch.cat(edits)
+    outcomes = [_score(name, pictures, cases, truths, masks, judge) for name, pictures in made.items()]
+    rows = [sources, truths, *(made[method] for method in METHODS)]
+    columns = min(len(cases), 12)
+    grid = torch.cat([torch.cat(list(row[:columns]), -1) for row in rows], -2)
+    return outcomes, to_pil(grid[None] * 2 - 1)[0]
+
+
+def _edit(pipe: EditPipeline, trajectory: Trajectory, case: Case, seed: int, scale: float, options: dict[str, Any]) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    result = pipe.edit(trajectory, case.prompt, guidance_scale=scale, generator=generator, output_type="pt", **options)
+    return result.images.float().cpu()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _round_trip(pipe: EditPipeline, pictures: Tensor) -> Tensor:
+    pixels = pipe.backbone.decode(pipe.backbone.encode(pictures.to(pipe.backbone.device) * 2 - 1))
+    return (pixels.cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def _score(name: str, pictures: Tensor, cases: Sequence[Case], truths: Tensor, masks: Tensor, judge: Judge) -> Outcome:
+    whole = [psnr(a, b) for a, b in zip(pictures, truths, strict=True)]
+    inside = [psnr(a, b, m) for a, b, m in zip(pictures, truths, masks, strict=True)]
+    target, kept = [], []
+    for words, case in zip(judge.read(pictures), cases, strict=True):
+        wanted = shown(case.truth)
+        target.append(words[case.task.field] == wanted[case.task.field])
+        kept += [words[field] == wanted[field] for field in case.task.kept if field in wanted]
+    return Outcome(
+        cases[0].task.name,
+        name,
+        statistics.fmean(whole),
+        statistics.fmean(inside),
+        statistics.stdev(inside) if len(inside) > 1 else 0.0,
+        statistics.fmean(target),
+        statistics.fmean(kept),
+    )

@@ -1,0 +1,95 @@
+"""Carry out a recipe: open its model, find its image, invert, edit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from PIL import Image
+
+from easyinv_edit.errors import InputError, RecipeError
+from easyinv_edit.images import to_pil
+from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit.recipe import EditRecipe
+from easyinv_edit.result import EditResult
+from easyinv_edit.trajectory import Trajectory
+
+SCENE = "scene:"
+
+
+def resolve_device(device: str) -> torch.device:
+    """A torch device; "auto" is CUDA, then MPS, then the CPU. Raises InputError where it does not exist here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try 'auto' or 'cpu'") from error
+
+
+def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:
+    """Load the recipe's model in its dtype on its device; options as for `EditPipeline.from_pretrained`."""
+    device = resolve_device(recipe.device)
+    return EditPipeline.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype), device=device, **options)
+
+
+def source_image(spec: str, size: tuple[int, int]) -> str | Image.Image:
+    """The image a recipe names: a path as it is, or the tabletop scene of "scene:SEED", rendered at `size`."""
+    if not spec.startswith(SCENE):
+        return spec
+    from easyinv_edit.tabletop.render import render
+    from easyinv_edit.tabletop.scene import random_scene
+
+    seed = spec.removeprefix(SCENE)
+    if not seed.isdigit():
+        raise InputError(f"image {spec!r}: write scene:SEED with a whole number, e.g. scene:7")
+    return to_pil(render([random_scene(int(seed))], min(size))[0] * 2 - 1)[0]
+
+
+def require_image_and_prompts(recipe: EditRecipe, name: str = "recipe") -> None:
+    """Raise RecipeError naming whatever an edit still lacks."""
+    missing = {"image": recipe.image, "prompts": recipe.prompts}
+    if lacking := [f"{name}: {key}: is missing; an edit needs it" for key, value in missing.items() if not value]:
+        raise RecipeError(lacking)
+
+
+def invert_recipe(recipe: EditRecipe, pipe: EditPipeline) -> Trajectory:
+    """The inversion half of a recipe."""
+    size: Any = tuple(recipe.size) if isinstance(recipe.size, list) else recipe.size
+    native = pipe.backbone.native_size if size is None else (size, size) if isinstance(size, int) else size
+    return pipe.invert(
+        source_image(recipe.image or "", native),
+        recipe.source_prompt,
+        recipe.inversion,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.inversion_guidance_scale,
+        negative_prompt=recipe.negative_prompt,
+        size=size,
+        fit=recipe.fit,
+    )
+
+
+def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) -> EditResult:
+    """The editing half of a recipe; the result records the whole recipe as it was given."""
+    generator = None if recipe.seed is None else torch.Generator().manual_seed(recipe.seed)
+    result = pipe.edit(
+        trajectory,
+        recipe.prompts,
+        control=recipe.control,
+        guidance_scale=recipe.guidance_scale,
+        source_guidance_scale=recipe.source_guidance_scale,
+        negative_prompt=recipe.negative_prompt,
+        pin_source=recipe.pin_source,
+        noise_mix=recipe.noise_mix,
+        generator=generator,
+    )
+    kept = {key: getattr(recipe, key) for key in ("model", "image", "dtype", "device", "output")}
+    return dataclasses.replace(result, recipe={**result.recipe, **kept})
+
+
+def run_recipe(recipe: EditRecipe, pipe: EditPipeline | None = None) -> EditResult:
+    """Carry out a whole recipe, on a pipeline already open if one is given."""
+    require_image_and_prompts(recipe)
+    pipe = pipe or open_pipeline(recipe)
+    return edit_recipe(recipe, pipe, invert_recipe(recipe, pipe))

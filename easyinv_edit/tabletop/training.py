@@ -1,0 +1,146 @@
+"""Train the embedded model from nothing: pictures, autoencoder, gate, UNet, judge, export. One command, resumable."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from easyinv_edit.errors import EasyInvError, RecipeError
+from easyinv_edit.images import save_png, to_pil
+from easyinv_edit.tabletop import autoencoder, denoising, judge, networks
+from easyinv_edit.tabletop.captions import caption
+from easyinv_edit.tabletop.fitting import Fit
+from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.scene import Scene, random_scene
+
+HELD_OUT = 10_000_000
+"""Seeds from here on are never trained on."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrainingRecipe:
+    """scenes: how many pictures to render and train on (seeds 0 .. scenes - 1); gate: least PSNR in dB inside held-out objects
+    that the autoencoder must reach before the UNet is trained; autoencoder, unet, judge: how long and how fast, see `Fit`."""
+
+    scenes: int
+    gate: float
+    autoencoder: Fit
+    unet: Fit
+    judge: Fit
+
+
+def read_training_recipe(path: Path) -> TrainingRecipe:
+    """Read a training recipe. Raises RecipeError with every problem."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(TrainingRecipe).validate_python(content)
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        raise RecipeError([f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in items]) from error
+
+
+def train(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report = print) -> Path:
+    """Run every stage not yet done in `folder` and return the folder of the finished diffusers model.
+
+    A stage that was interrupted resumes from its last checkpoint. Raises EasyInvError where the autoencoder fails its gate.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, masks = _pictures(recipe, folder, device, report)
+    scenes = [random_scene(seed) for seed in range(recipe.scenes)]
+    record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}  # type: ignore[call-overload]
+    critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
+    vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
+    report(f"autoencoder: {record['autoencoder']}")
+    latents = autoencoder.encode(vae, pictures)
+    torch.manual_seed(recipe.unet.seed)
+    tokenizer = networks.build_tokenizer()
+    text, unet = networks.build_text_encoder(tokenizer).to(device), networks.build_unet().to(device)
+
+    def grid(step: int) -> None:
+        pipe = networks.build_pipeline(vae, text, tokenizer, unet)
+        save_png(sample_grid(pipe), folder / f"samples-{step:06d}.png")
+        networks.use_plain_attention(vae, unet)
+
+    record["unet"] = denoising.train(unet, text, tokenizer, latents, scenes, recipe.unet, folder, grid)
+    report(f"unet: {record['unet']}")
+    return export(networks.build_pipeline(vae, text, tokenizer, unet), critic, record, folder / "model")
+
+
+def export(pipe: Any, critic: judge.Judge, record: dict[str, Any], target: Path) -> Path:
+    """Write the model folder: diffusers' own files in float16, the judge, and the training record."""
+    networks.export(pipe, target)
+    judge.save(critic, target / "judge.safetensors")
+    (target / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def held_out(count: int) -> list[Scene]:
+    """Scenes no network has seen."""
+    return [random_scene(HELD_OUT + i) for i in range(count)]
+
+
+def sample_grid(pipe: Any, count: int = 16, guidance_scale: float = 5.0) -> Any:
+    """One picture with `count` samples of held-out captions, four a row."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [caption(scene) for scene in held_out(count)]
+    pictures = pipe(prompts, num_inference_steps=25, guidance_scale=guidance_scale, generator=generator, output_type="pt").images
+    rows = [torch.cat(list(row), -1) for row in pictures.float().cpu().split(4)]
+    return to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0]
+
+
+def _pictures(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report) -> tuple[Tensor, Tensor]:
+    """uint8 pictures (N, 3, 64, 64) and masks (N, 1, 64, 64), rendered once."""
+    path = folder / "pictures.safetensors"
+    if not path.exists():
+        report(f"rendering {recipe.scenes} scenes")
+        parts = [_render_bytes(range(i, min(i + 500, recipe.scenes)), device) for i in range(0, recipe.scenes, 500)]
+        save_file({"pictures": torch.cat([p for p, _ in parts]), "masks": torch.cat([m for _, m in parts])}, path)
+    content = load_file(path)
+    return content["pictures"], content["masks"]
+
+
+def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
+    pictures, masks = render([random_scene(seed) for seed in seeds], networks.PICTURE_SIZE, device=str(device))
+    return (pictures * 255).round().byte(), (masks * 255).round().byte()
+
+
+def _autoencoder(
+    recipe: TrainingRecipe, pictures: Tensor, masks: Tensor, folder: Path, device: torch.device, critic: judge.Judge
+) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """The trained, gated and whitened autoencoder and its record."""
+    torch.manual_seed(recipe.autoencoder.seed)
+    vae = networks.build_autoencoder().to(device)
+    record = autoencoder.train(vae, pictures, masks, recipe.autoencoder, folder)
+    vae.eval()
+    test, test_masks = _render_bytes(range(HELD_OUT, HELD_OUT + 512), device)
+    record |= autoencoder.gate(vae, test, test_masks)
+    if record["object_psnr"] < recipe.gate:
+        raise EasyInvError(
+            f"the autoencoder reaches {record['object_psnr']:.1f} dB inside objects, below the gate of {recipe.gate}; train it longer"
+        )
+    record["whitening"] = autoencoder.whiten(vae, pictures[:2048])
+    scenes = held_out(512)
+    record["judged_pictures"] = judge.accuracy(critic, test.float() / 255, scenes)
+    record["judged_round_trip"] = judge.accuracy(critic, autoencoder.round_trip(vae, test), scenes)
+    return vae, record
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

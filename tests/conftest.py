@@ -1,0 +1,63 @@
+"""Fixtures every room's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from easyinv_edit.pipeline import EditPipeline, embedded_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries() -> None:
+    """No bars and no notices of other libraries in test output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (transformers_logging, diffusers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion model folder of the embedded model's shape with random weights, float32."""
+    from easyinv_edit.tabletop import networks
+
+    torch.manual_seed(0)
+    tokenizer = networks.build_tokenizer()
+    text, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
+    folder = tmp_path_factory.mktemp("untrained")
+    networks.build_pipeline(networks.build_autoencoder(), text, tokenizer, unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def untrained(untrained_folder: Path) -> EditPipeline:
+    """A fresh pipeline over `untrained_folder`, without progress bars."""
+    pipe = EditPipeline.from_pretrained(untrained_folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[EditPipeline]:
+    """The shipped model; skips where a checkout has no weights."""
+    if not (embedded_folder() / "model_index.json").exists():
+        pytest.skip("the embedded weights are not in this checkout")
+    pipe = EditPipeline.embedded()
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A 64-pixel picture with an object, an edge and a flat background."""
+    image = Image.new("RGB", (64, 64), (255, 255, 255))
+    image.paste((200, 40, 40), (16, 20, 48, 52))
+    image.paste((240, 220, 60), (16, 32, 48, 40))
+    return image
