@@ -24,10 +24,10 @@ def build(registry: Mapping[str, type[Any]], choice: Any, what: str) -> Any:
         return choice
     fields = {key: value for key, value in choice.items() if key != "name"}
     name = choice.get("name")
-    if name not in registry:
-        raise InputError(f"{what} {name!r} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")
+    if not isinstance(name, str) or name not in registry:
+        raise InputError(f"{what} {shown(name)} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")
     try:
-        return registry[name](**fields)
+        return registry[name](**{str(key): value for key, value in fields.items()})
     except ValidationError as error:
         raise InputError(f"{what} {name}: {'; '.join(text for _, text in problems(error, registry[name]))}") from error
 
@@ -39,7 +39,9 @@ def problems(error: ValidationError, method: type[Any]) -> list[tuple[str, str]]
     for item in error.errors(include_url=False):
         key = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "unexpected_keyword_argument":
-            lines[key] = f"{key}: unknown setting; allowed: {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+            lines[key] = (
+                f"{key}: unknown setting of {method.name}; allowed: {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+            )
         else:
             lines.setdefault(key, f"{key}: {plain(item)}")
     return list(lines.items())
@@ -48,11 +50,17 @@ def problems(error: ValidationError, method: type[Any]) -> list[tuple[str, str]]
 def plain(item: Mapping[str, Any]) -> str:
     """A pydantic error as one plain clause that names what was given."""
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return f"{message} (got {item['input']!r})"
+    return f"{message} (got {shown(item['input'])})"
+
+
+def shown(value: Any) -> str:
+    """What was given, cut where it is too long for a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(word: Any, allowed: Any) -> str:
-    """" - did you mean 'x'?" where something allowed is close, else nothing."""
+    """The question "did you mean 'x'?" where something allowed is close, else nothing."""
     match = difflib.get_close_matches(str(word), list(allowed), n=1)
     return f" - did you mean {match[0]!r}?" if match else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,34 +23,26 @@ class Conditioning:
     @property
     def rows(self) -> int:
         """How many rows are conditioned."""
-        return int(self.embeddings.shape[0])
+        return self.embeddings.shape[0]
 
     def select(self, rows: Sequence[int]) -> Conditioning:
         """The given rows, in the given order; a row may be repeated."""
         index = list(rows)
-        return Conditioning(*(None if part is None else part[index] for part in self._parts()))
+        return replace(self, **{name: part[index] for name, part in self._parts().items()})
 
     def equals(self, other: Conditioning) -> bool:
         """Whether both condition the network identically, bit for bit."""
-        return all(_same(a, b) for a, b in zip(self._parts(), other._parts(), strict=True))
+        mine, theirs = self._parts(), other._parts()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
-    def _parts(self) -> list[Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _parts(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field."""
+        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """The rows of all parts, in order. Raises ValueError where some parts have pooled embeddings and others have none."""
-    columns = list(zip(*(part._parts() for part in parts), strict=True))
-    joined = []
-    for column in columns:
-        present = [p for p in column if p is not None]
-        if present and len(present) != len(column):
-            raise ValueError("concatenate: all conditionings must come from the same model family")
-        joined.append(torch.cat(present) if present else None)
-    return Conditioning(*joined)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return bool(torch.equal(a, b))
+    tensors = [part._parts() for part in parts]
+    if any(other.keys() != tensors[0].keys() for other in tensors):
+        raise ValueError("concatenate: all conditionings must come from the same model family")
+    return Conditioning(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})

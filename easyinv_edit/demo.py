@@ -62,7 +62,7 @@ def _located(image: str) -> str:
 
 
 def _unit(pixels: Any) -> Any:
-    return (pixels.double().cpu() / 2 + 0.5).clamp(0, 1)
+    return (pixels.cpu().double() / 2 + 0.5).clamp(0, 1)
 
 
 def table(report: dict[str, Any]) -> str:

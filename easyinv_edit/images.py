@@ -104,9 +104,7 @@ def _from_picture(image: Image.Image, where: str) -> Image.Image:
     if frames > 1 and getattr(image, "format", None) not in STILLS:
         raise _refusal(where, f"has {frames} frames", "only still pictures can be edited, so save one frame as PNG first")
     image.load()
-    orientation = 1
-    with suppress(Exception):  # unreadable EXIF is no reason to refuse readable pixels
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)  # after `load`: PIL turns TIFF files itself
     rgb = _rgb(image, where)
     return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
 
@@ -132,7 +130,7 @@ def _from_tensor(tensor: Tensor) -> Image.Image:
     where = f"tensor {tuple(tensor.shape)}"
     planes = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
     if planes.ndim != 3 or planes.shape[0] not in (1, 3, 4):
-        raise _refusal(where, "is no picture of this shape", "give (1|3|4, H, W) or a batch of one such")
+        raise _refusal(where, "is no picture of this shape", "give (1|3|4, H, W) or a batch of 1")
     planes = planes.detach().cpu()
     planes = planes.float() if planes.is_floating_point() else planes  # numpy knows no bfloat16
     return _from_array(planes.permute(1, 2, 0).numpy(), where)

@@ -343,5 +343,5 @@ def _with_source_twin(denoiser: Denoiser, read_by_targets: bool) -> Denoiser:
 
 def _quality(pixels: Tensor, trajectory: Trajectory) -> float:
     assert trajectory.source is not None
-    source = trajectory.source.permute(2, 0, 1)[None].double().cpu() / 255
+    source = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255
     return psnr((pixels.cpu().double() / 2 + 0.5).clamp(0, 1), source)

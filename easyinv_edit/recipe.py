@@ -17,19 +17,31 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from attention_control import CONTROLLERS
-from easyinv_edit.choices import nearest, plain, problems
+from easyinv_edit.choices import nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.inversion import INVERSIONS
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
-Steps = Annotated[int, Field(ge=1, le=1000)]
-Scale = Annotated[float, Field(ge=0, le=100)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Side = Annotated[int, Field(ge=8, le=4096)]
+
+
+def _no_switch(value: Any) -> Any:
+    """YAML's `yes` and `true` are numbers to Python and to pydantic, but not to anyone who writes a recipe."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+Places = Mapping[tuple[str, ...], tuple[int, int]]
+"""Line and column, from 1, of every key path of a file."""
+Steps = Annotated[int, BeforeValidator(_no_switch), Field(ge=1, le=1000)]
+Scale = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=100)]
+Share = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=1)]
+Side = Annotated[int, BeforeValidator(_no_switch), Field(ge=8, le=4096)]
+Seed = Annotated[int, BeforeValidator(_no_switch), Field(ge=0, lt=2**63)]
 
 
 def _default(name: str) -> Any:
@@ -40,9 +52,10 @@ def _default(name: str) -> Any:
 class EditRecipe:
     """One edit. Keys are the argument names of `EditPipeline`.
 
-    model: a folder, a hub name or "embedded"; image: a file, or "scene:SEED" for a rendered tabletop scene; prompts: one or more
-    target prompts; inversion, control: a name and that method's settings; seed: of the fresh noise that `noise_mix` asks for;
-    size: one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and result.json.
+    model: a folder, a hub name or "embedded"; image: a file, or "scene:SEED" for a rendered tabletop scene; prompts: one or
+    more target prompts; inversion, control: a name and that method's settings; seed: of the fresh noise that `noise_mix` asks
+    for; size: one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and
+    result.json.
     """
 
     model: str = "embedded"
@@ -58,7 +71,7 @@ class EditRecipe:
     source_guidance_scale: Scale | None = None
     pin_source: bool = True
     noise_mix: Share = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = 0
+    seed: Seed | None = 0
     size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     fit: Literal["crop", "pad", "stretch"] = "crop"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -73,10 +86,11 @@ class EditRecipe:
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> EditRecipe:
     """Read a recipe file; see `parse`. Raises RecipeError with every problem."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError([f"{path}: cannot be read ({reason}); give a YAML file, or a name from `recipes list`"]) from error
+        problem = f"{path}: cannot be read ({reason}); give a YAML file, or a name from `recipes list`"
+        raise RecipeError([_one_line(problem)]) from error
     return parse(text, str(path), overrides, values)
 
 
@@ -86,38 +100,73 @@ def parse(
     """Read a recipe from YAML text; `name` stands for the file in problems.
 
     overrides: `key=value` or `group.key=value`, read as YAML; values: keys set as they are, over everything else. Raises
-    RecipeError with every problem.
+    RecipeError with every problem, in the file's order.
     """
     places, found = _places(text, name)
-    if found:
-        raise RecipeError(found)
-    outside = [f"{_at(name, key, places)}: {NO_RESOLVERS}" for key, value in _leaves(text) if _reads_outside(value)]
-    content, unreadable = _merged(text, name, overrides)
-    if found := outside + unreadable:
-        raise RecipeError(found)
+    _refuse(found)
+    content, found = _merged(text, name, places, overrides)
+    _refuse(found)
     content = _with_names({**content, **(values or {})})
-    found = [_line(name, places, overrides, key, problem) for key, problem in _check(content)]
-    if found:
-        raise RecipeError(found)
+    problems_found = sorted(_check(content), key=lambda item: _place(item[0], places))
+    _refuse([_line(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)
 
 
 NO_RESOLVERS = "references such as ${oc.env:NAME} are not allowed; write the value"
+SHAPE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.S)
 
 
-def _merged(text: str, name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The file and the overrides as one mapping, or what keeps them from being read."""
-    shape = r"[A-Za-z_][\w.]*=.*"
-    found = [f"command line: {o!r}: write key=value, e.g. guidance_scale=5" for o in overrides if not re.fullmatch(shape, o, re.S)]
-    found += [f"command line: {o!r}: {NO_RESOLVERS}" for o in overrides if _reads_outside(o)]
-    if found or any(_reads_outside(value) for _, value in _leaves(text)):
+def _refuse(found: Sequence[str]) -> None:
+    if found:
+        raise RecipeError([_one_line(problem) for problem in found])
+
+
+def _one_line(text: str) -> str:
+    """Keys, file names and values may hold line breaks; a problem may not."""
+    return " ".join(text.splitlines())
+
+
+def _merged(text: str, name: str, places: Places, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The file and the overrides as one mapping with references resolved, or what keeps them from being read."""
+    found = [f"{_at(name, key, places)}: {NO_RESOLVERS}" for key, value in _leaves(text) if _reads_outside(value)]
+    found += [problem for o in overrides if (problem := _unreadable(o))]
+    if found:
         return {}, found
     try:
-        merged = OmegaConf.merge(OmegaConf.create(text or "{}"), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.create(text if yaml.safe_load(text) else "{}")
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        return {}, [_reference_problem(name, places, (), error)]
+    for override in overrides:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
+        except (OmegaConfBaseException, TypeError, ValueError):
+            return {}, [f"command line: {override!r}: does not fit what the recipe holds there; give the key's whole value"]
+    try:
         content = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        return {}, [f"{name}: {str(error).strip().splitlines()[0]}"]
+    except OmegaConfBaseException as error:
+        return {}, [_reference_problem(name, places, overrides, error)]
     return {str(key): value for key, value in content.items()}, []  # type: ignore[union-attr]
+
+
+def _unreadable(override: str) -> str | None:
+    """What keeps a `key=value` from being read, or None."""
+    if not SHAPE.fullmatch(override):
+        return f"command line: {override!r}: write key=value, e.g. guidance_scale=5"
+    if _reads_outside(override):
+        return f"command line: {override!r}: {NO_RESOLVERS}"
+    try:
+        OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or str(error).strip().split("\n")[0]
+        return f"command line: {override!r}: the value is not valid YAML: {reason}; put it in quotes"
+    return None
+
+
+def _reference_problem(name: str, places: Places, overrides: Sequence[str], error: Exception) -> str:
+    """A reference `${key}` that leads nowhere or cannot be read, at its place."""
+    path = tuple(re.findall(r"[^.\[\]]+", str(getattr(error, "full_key", None) or "")))
+    reason = str(error).strip().split("\n")[0]
+    return _line(name, places, overrides, path, f"{reason}; a reference is ${{key}} with another key of this file")
 
 
 def _with_names(content: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +184,9 @@ def _with_names(content: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+SIZES = "should be one side, or [height, width], each a whole number from 8 to 4096"
+
+
 def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     """(key path, problem) for everything that is wrong."""
     found: list[tuple[tuple[str, ...], str]] = []
@@ -145,11 +197,11 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         seen = set()
         for item in error.errors(include_url=False):
             path = tuple(str(part) for part in item["loc"])
-            key = path[:2] if path[0] in ("prompts", "size") and path[1:2] and path[1].isdigit() else path[:1]
+            key = path[:2] if path[0] == "prompts" else path[:1]
             if item["type"] == "unexpected_keyword_argument":
                 found.append((key, f"unknown key{nearest(key[0], fields)}; allowed: {', '.join(fields)}"))
             elif key not in seen:
-                found.append((key, plain(item)))
+                found.append((key, f"{SIZES} (got {shown(content['size'])})" if key[0] == "size" else plain(item)))
             seen.add(key)
     for group, registry in REGISTRIES.items():
         if isinstance(content.get(group), dict):
@@ -159,8 +211,8 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
 
 def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> list[tuple[tuple[str, ...], str]]:
     name = choice.get("name")
-    if name not in registry:
-        return [(("name",), f"{name!r} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")]
+    if not isinstance(name, str) or name not in registry:
+        return [(("name",), f"{shown(name)} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")]
     try:
         registry[name](**{key: value for key, value in choice.items() if key != "name"})
     except ValidationError as error:
@@ -168,41 +220,48 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     return []
 
 
-Places = Mapping[tuple[str, ...], tuple[int, int]]
-
-
 def _places(text: str, name: str) -> tuple[Places, list[str]]:
-    """Line and column, from 1, of every key path; or the problem that keeps the text from being YAML."""
+    """Line and column, from 1, of every key path; and whatever keeps the text from being a mapping of plain keys."""
     try:
+        aliases = [token.start_mark for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        places: dict[tuple[str, ...], tuple[int, int]] = {}
+        found = [f"{_mark(name, mark)}: YAML aliases are not allowed; refer to another key as ${{key}}" for mark in aliases]
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            found.append(f"{name}:1:1: a recipe is a mapping of keys, e.g. 'prompts: [a red cube]'")
+        if root is not None and not found:
+            found += _walk(root, (), places, name)
+        if not found:
+            yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        return {}, [f"{name}{place}: not valid YAML: {error.problem}"]
-    except yaml.YAMLError as error:
+        return {}, [f"{_mark(name, mark) if mark else name}: not valid YAML: {error.problem}"]
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         return {}, [f"{name}: not valid YAML: {str(error).splitlines()[0]}"]
-    places: dict[tuple[str, ...], tuple[int, int]] = {}
-    found: list[str] = []
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        return {}, [f"{name}:1:1: a recipe is a mapping of keys, e.g. 'prompts: [a red cube]'"]
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        children = node.value if isinstance(node, yaml.MappingNode) else ()
-        for key, value in children:
-            place = (key.start_mark.line + 1, key.start_mark.column + 1)
-            below = (*path, str(key.value))
-            if below in places:
-                found.append(f"{name}:{place[0]}:{place[1]}: {'.'.join(below)}: written twice; keep one")
-            places[below] = place
-            walk(value, below)
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                places[(*path, str(i))] = (item.start_mark.line + 1, item.start_mark.column + 1)
-                walk(item, (*path, str(i)))
-
-    if root is not None:
-        walk(root, ())
     return places, found
+
+
+def _walk(node: Any, path: tuple[str, ...], places: dict[tuple[str, ...], tuple[int, int]], name: str) -> list[str]:
+    """Fill `places` below a YAML node; returns what is wrong with its keys."""
+    found = []
+    children = [(item, str(i), item) for i, item in enumerate(node.value)] if isinstance(node, yaml.SequenceNode) else []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        below = (*path, str(key.value))
+        if key.tag != "tag:yaml.org,2002:str":
+            found.append(f"{_mark(name, key.start_mark)}: a key must be a word; put it in quotes if it is one")
+        elif below in places:
+            found.append(f"{_mark(name, key.start_mark)}: {'.'.join(below)}: written twice; keep one")
+        else:
+            children.append((key, str(key.value), value))
+            places[below] = (key.start_mark.line + 1, key.start_mark.column + 1)
+    for key, word, value in children:
+        places[*path, word] = (key.start_mark.line + 1, key.start_mark.column + 1)
+        found += _walk(value, (*path, word), places, name)
+    return found
+
+
+def _mark(name: str, mark: Any) -> str:
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"
 
 
 def _leaves(text: str) -> list[tuple[tuple[str, ...], str]]:
@@ -223,17 +282,21 @@ def _reads_outside(value: str) -> bool:
     return bool(re.search(r"\$\{[^}]*:", value))
 
 
+def _place(path: tuple[str, ...], places: Places) -> tuple[int, int]:
+    """Where a key is written, or the nearest key above it; (0, 0) for a key that is nowhere in the file."""
+    return next((places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in places), (0, 0))
+
+
 def _at(name: str, path: tuple[str, ...], places: Places) -> str:
-    for length in range(len(path), 0, -1):
-        if path[:length] in places:
-            line, column = places[path[:length]]
-            return f"{name}:{line}:{column}: {'.'.join(path)}"
-    return f"{name}: {'.'.join(path)}"
+    line, column = _place(path, places)
+    return f"{name}:{line}:{column}: {'.'.join(path)}" if line else f"{name}: {'.'.join(path)}"
 
 
 def _line(name: str, places: Places, overrides: Sequence[str], path: tuple[str, ...], problem: str) -> str:
+    """One problem with its place: the override that set the key, else the key in the file."""
     key = ".".join(path)
-    given = [o for o in overrides if o.split("=")[0] == key or (len(path) > 1 and o.split("=")[0] == path[0])]
-    if given:
-        return f"command line: {given[-1]!r}: {key}: {problem}"
+    for override in reversed(overrides):
+        given = override.split("=")[0]
+        if given == key or key.startswith(f"{given}.") or given.startswith(f"{key}."):
+            return f"command line: {override!r}: {key}: {problem}"
     return f"{_at(name, path, places)}: {problem}"

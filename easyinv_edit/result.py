@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ class EditResult:
             "evaluations": {phase: cost.evaluations for phase, cost in self.cost.items()},
             "seconds": {phase: round(cost.seconds, 3) for phase, cost in self.cost.items()},
             "peak_memory_bytes": max(cost.peak_memory_bytes for cost in self.cost.values()),
-            "reconstruction": {key: round(value, 3) for key, value in self.quality.items()},
+            "reconstruction": {key: round(value, 3) if math.isfinite(value) else None for key, value in self.quality.items()},
             "flagged": None if self.flagged is None else list(self.flagged),
             "versions": versions(),
         }
@@ -70,7 +71,8 @@ class EditResult:
         result.json into `folder`; every file appears whole or not at all. Returns what result.json holds. Raises InputError
         where the folder cannot be written or the result holds no pictures."""
         names = ["edited.png"] if len(self.edited) == 1 else [f"edited-{i + 1}.png" for i in range(len(self.edited))]
-        pictures = dict(zip(names, self.images, strict=True)) if self.edited else {}
+        own = isinstance(self.images, list)  # PIL pictures, at the original image's size; not arrays or latents
+        pictures = dict(zip(names, self.images if own else self.edited, strict=True))
         extra = {"source.png": self.source, "reconstruction.png": self.reconstruction, "comparison.png": self.comparison}
         pictures |= {name: picture for name, picture in extra.items() if picture is not None}
         for name, picture in pictures.items():

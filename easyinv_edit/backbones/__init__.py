@@ -36,8 +36,8 @@ def load_pipeline(model: str | os.PathLike[str], *, dtype: torch.dtype | None = 
         options["dtype"] = dtype
     try:
         return DiffusionPipeline.from_pretrained(model, **options)
-    except (OSError, ValueError, KeyError, TypeError, EnvironmentError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged folder makes diffusers raise nearly every type
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(
             f"{model}: cannot be loaded as a diffusers model ({reason}); give a folder or hub name with safetensors weights"
         ) from error

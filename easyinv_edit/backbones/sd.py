@@ -7,6 +7,7 @@ scheduler stay theirs. Latents are float32 whatever the UNet's dtype (float64 fo
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class StableDiffusion:
         return torch.from_numpy(checked).permute(0, 3, 1, 2).to(pixels) * 2 - 1, list(flags)
 
     def _fitting(self, prompt: str) -> str:
-        """The prompt, cut after the last whole word the text encoder has room for."""
+        """The prompt, cut after the last whole word the text encoder has room for, where it has words."""
         tokenizer = self.pipe.tokenizer
         room = tokenizer.model_max_length - 2  # start and end
         offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -140,7 +141,7 @@ class StableDiffusion:
             return prompt
         end = offsets[room][0]
         if end and not prompt[end - 1].isspace() and not prompt[end].isspace():
-            end = max(prompt.rfind(" ", 0, end), 0)
+            end = len(re.sub(r"\s\S*$", "", prompt[:end]))  # scripts without spaces are cut in the middle, as CLIP does
         warnings.warn(
             f"the prompt has {len(offsets)} tokens and the model reads {room}; these words are dropped: {prompt[end:].strip()!r}",
             EasyInvWarning,

@@ -13,9 +13,9 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
 
     mask: broadcastable, nonzero where pixels count; nan where it is empty.
     """
-    error = (a.double() - b.double()).square()
+    error = (a.cpu().double() - b.cpu().double()).square()
     if mask is not None:
-        inside = (mask > 0.5).expand_as(error)
+        inside = (mask.cpu() > 0.5).expand_as(error)
         error = error[inside]
         if error.numel() == 0:
             return math.nan
@@ -33,7 +33,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     def blur(x: Tensor) -> Tensor:
         return torch.nn.functional.conv2d(x, window, groups=x.shape[1])
 
-    x, y = a.double().cpu(), b.double().cpu()
+    x, y = a.cpu().double(), b.cpu().double()
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2

@@ -52,7 +52,7 @@ def reconstruct(
         back = _unit(sample_back(pipe, trajectory))
         ceiling = _unit(pipe.backbone.decode(trajectory.clean))
         assert trajectory.source is not None
-        truth = trajectory.source.permute(2, 0, 1)[None].double() / 255
+        truth = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255
         deviation = trajectory.noise.std().item()
         cost = trajectory.cost
         rows.append((psnr(back, ceiling), psnr(back, truth), psnr(ceiling, truth), deviation, cost.evaluations, cost.seconds))
@@ -60,4 +60,4 @@ def reconstruct(
 
 
 def _unit(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels.double().cpu() / 2 + 0.5).clamp(0, 1)
+    return (pixels.cpu().double() / 2 + 0.5).clamp(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def unet() -> UNet2DConditionModel:
-    """Of its own for every test, so that no test sees what another left on it."""
+@pytest.fixture(scope="session")
+def pristine_unet() -> UNet2DConditionModel:
+    """Made once, never used: copies are cheaper to make."""
     return tiny_unet()
+
+
+@pytest.fixture
+def unet(pristine_unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Of its own for every test, so that no test sees what another left on it."""
+    return deepcopy(pristine_unet)

@@ -146,9 +146,9 @@ class _Explicit:
     ) -> Tensor:
         assert encoder_hidden_states is None
         assert attention_mask is None
-        query, key, value = (_split(f(hidden_states), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (split_heads(f(hidden_states), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
         if self.halves is None:
-            out = _attention(query, key, value)
+            out = explicit_attention(query, key, value)
         else:
             chunks = zip(query.chunk(self.halves), key.chunk(self.halves), value.chunk(self.halves), strict=True)
             out = torch.cat([self._half(*chunk) for chunk in chunks])
@@ -157,17 +157,19 @@ class _Explicit:
     def _half(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         first_key, first_value = key[:1].expand_as(key), value[:1].expand_as(value)
         if not self.union:
-            return _attention(query, first_key, first_value)
-        joined = _attention(query[1:], torch.cat([first_key, key], 2)[1:], torch.cat([first_value, value], 2)[1:])
-        return torch.cat([_attention(query[:1], key[:1], value[:1]), joined])
+            return explicit_attention(query, first_key, first_value)
+        joined = explicit_attention(query[1:], torch.cat([first_key, key], 2)[1:], torch.cat([first_value, value], 2)[1:])
+        return torch.cat([explicit_attention(query[:1], key[:1], value[:1]), joined])
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(rows, tokens, channels) -> (rows, heads, tokens, channels per head)."""
     rows, tokens, channels = x.shape
     return x.reshape(rows, tokens, heads, channels // heads).transpose(1, 2)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """All (rows, heads, tokens, channels per head)."""
     logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     return torch.softmax(logits, -1) @ value
 

@@ -78,7 +78,8 @@ def test_outside_of_a_step_the_block_is_bitwise_plain(unet: UNet2DConditionModel
         assert same_bits(evaluate(unet, SCENE, official_rows()), plain)
 
 
-def test_source_alone_is_bitwise_plain(unet: UNet2DConditionModel) -> None:
+def test_source_alone_is_left_to_the_users_own_processors(unet: UNet2DConditionModel) -> None:
+    _give_every_site(unet, _ModuleProcessor)
     plain = evaluate(unet, SCENE, official_rows(0))
     assert same_bits(evaluate_controlled(unet, WHOLE_RUN, SCENE, official_rows(0)), plain)
 

@@ -174,7 +174,7 @@ def test_an_exception_in_on_level_stops_the_work(name: str) -> None:
 
     levels: list[int] = []
 
-    def cancel(level: int, z: Tensor) -> None:
+    def cancel(level: int, _z: Tensor) -> None:
         levels.append(level)
         if level == 3:
             raise Cancelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_round_trip_is_of_first_order(kind: str) -> None:
     """Doubling T about halves the error; a rule that used the sampler's own outputs would have none at all."""
     errors = [round_trip_error(steps, kind) for steps in (20, 40, 80)]
     assert errors[-1] > 1e-4
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 0.4 < fine / coarse < 0.65
 
 
@@ -82,7 +83,7 @@ def test_guidance_up_to_one_does_not_warn(guidance: float) -> None:
 
 def test_a_latent_that_is_not_finite_names_method_and_level() -> None:
     schedule = make_schedule(10)
-    denoiser = toy_denoiser(lambda z, t, e: z * (float("nan") if t == schedule.timesteps[7] else 1), schedule)
+    denoiser = toy_denoiser(lambda z, t, _e: z * (float("nan") if t == schedule.timesteps[7] else 1), schedule)
     with pytest.raises(NonFiniteError, match=r"ddim.*level 7 "):
         DDIM().invert(denoiser, smooth_latent())
 
