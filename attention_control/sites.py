@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,14 +24,14 @@ class AttentionSite:
     """One attention layer.
 
     index: its number among the sites of its kind, in forward order; kind: "self" or "cross"; path: the module's name inside
-    the UNet; downscale: how much smaller its grid is than the latent, per side; module: the layer itself.
+    the UNet; downscale: how much smaller its grid is than the latent, per side; module: the layer, a diffusers `Attention`.
     """
 
     index: int
     kind: Kind
     path: str
     downscale: int
-    module: nn.Module
+    module: Any
 
     def tokens(self, latent_size: tuple[int, int]) -> int:
         """How many queries the site has for a latent of (height, width)."""
@@ -50,7 +50,7 @@ def list_sites(unet: nn.Module, kind: Kind = "self") -> list[AttentionSite]:
     return sites
 
 
-def _blocks(unet: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
+def _blocks(unet: Any) -> Iterable[tuple[str, nn.Module, int]]:
     """(name, block, downscale of its attention) in forward order."""
     scale = 1
     for i, block in enumerate(unet.down_blocks):

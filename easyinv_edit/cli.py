@@ -170,7 +170,7 @@ def tabletop_render(
 @tabletop_app.command("train")
 def tabletop_train(
     recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; an interrupted run resumes.")] = "runs/tabletop",
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
@@ -215,12 +215,13 @@ def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
 
 
 def _edit_text(facts: dict[str, Any], folder: str) -> str:
-    evaluations, seconds, quality = facts["evaluations"], facts["seconds"], facts["reconstruction"]
+    evaluations, seconds = facts["evaluations"], facts["seconds"]
+    psnr, ceiling = (facts["reconstruction"].get(key, float("nan")) for key in ("psnr", "vae_psnr"))
     return (
         f"{folder}: {', '.join(facts['images'].values())}\n"
         f"UNet evaluations: {evaluations['invert']} to invert, {evaluations['edit']} to edit; "
         f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; "
-        f"reconstruction {quality.get('psnr', float('nan')):.1f} dB (autoencoder alone {quality.get('vae_psnr', float('nan')):.1f})"
+        f"reconstruction {psnr:.1f} dB (autoencoder alone {ceiling:.1f})"
     )
 
 

@@ -48,7 +48,9 @@ def _torchvision() -> str:
     try:
         import torchvision  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except Exception as error:
-        raise RuntimeError(f"torchvision {found} needs {wanted} and fails to import ({error}); run pip uninstall torchvision") from error
+        raise RuntimeError(
+            f"torchvision {found} needs {wanted} and fails to import ({error}); run pip uninstall torchvision"
+        ) from error
     return f"{found}, imports"
 
 
@@ -63,7 +65,11 @@ def _devices() -> str:
 
 def _hub() -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return "offline by HF_HUB_OFFLINE: only models on disk" if offline else "online if the network allows; the embedded model needs none"
+    return (
+        "offline by HF_HUB_OFFLINE: only models on disk"
+        if offline
+        else "online if the network allows; the embedded model needs none"
+    )
 
 
 def _embedded() -> str:

@@ -21,26 +21,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from attention_control import CONTROLLERS, Controller, StreamRow, Streams, controlled
+from attention_control import CONTROLLERS, Controller, controlled
 from easyinv_edit import images
 from easyinv_edit.backbones import load_pipeline, wrap
 from easyinv_edit.backbones.sd import same_model
 from easyinv_edit.choices import build, describe
-
 from easyinv_edit.cost import measured
-from easyinv_edit.denoiser import BatchRow, Denoiser
+from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import InputError, TrajectoryError
-from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod
+from easyinv_edit.output import OUTPUT_TYPES, OutputType, finish
 from easyinv_edit.result import EditResult
+from easyinv_edit.rows import streams_of, with_source_twin
 from easyinv_edit.sampling import sample
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": ...}) -> the same dict, or None."""
-OutputType = Literal["pil", "np", "pt", "latent"]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class EditPipeline:
@@ -148,9 +146,9 @@ class EditPipeline:
         kept), 1 forgetting the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the
         original image's size), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
 
-        Raises TrajectoryError where the trajectory belongs to another model or schedule, InputError on other bad input. Cost per
-        step: one row per target, one more per guided target, and the source's row (with an unconditional twin where its prompt
-        is not the negative one) where the controller reads it or it is not pinned.
+        Raises TrajectoryError where the trajectory belongs to another model or schedule, InputError on other bad input. Cost
+        per step: one row per target, one more per guided target, and the source's row (with an unconditional twin where its
+        prompt is not the negative one) where the controller reads it or it is not pinned.
         """
         trajectory = source if isinstance(source, Trajectory) else self.invert(source)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -175,11 +173,11 @@ class EditPipeline:
                 return z if changed is None else changed.get("latents", z)
 
             z = sample(
-                _with_source_twin(denoiser, any(session.reads_source(step) for step in range(steps))),
+                with_source_twin(denoiser, any(session.reads_source(step) for step in range(steps))),
                 start,
                 pin=trajectory if pin_source else None,
                 reads_source=session.reads_source,
-                control=lambda step, batch: session.step(step, _streams(batch)),
+                control=lambda step, batch: session.step(step, streams_of(batch)),
                 after_step=after_step,
             )
         recipe = {
@@ -199,7 +197,10 @@ class EditPipeline:
             "size": [side * self.backbone.downscale for side in _sides(start)],
             "fit": (trajectory.fit or {}).get("policy", "crop"),
         }
-        return self._result(trajectory, prompts, z, recipe, {"invert": trajectory.cost, "edit": cost}, output_type)
+        costs = {"invert": trajectory.cost, "edit": cost}
+        return finish(
+            self.backbone, trajectory, prompts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
+        )
 
     def __call__(
         self,
@@ -254,8 +255,8 @@ class EditPipeline:
         mine = self.backbone.identity()
         if trajectory.model and not same_model(trajectory.model, mine):
             raise TrajectoryError(
-                f"the inversion was made by {trajectory.model.get('name') or 'another model'}, not by {mine['name'] or 'this one'}; "
-                "invert the image again with this model"
+                f"the inversion was made by {trajectory.model.get('name') or 'another model'}, not by "
+                f"{mine['name'] or 'this one'}; invert the image again with this model"
             )
         if self.backbone.schedule(len(trajectory.schedule)) != trajectory.schedule:
             raise TrajectoryError("the inversion was made on another noise schedule; invert the image again")
@@ -268,37 +269,6 @@ class EditPipeline:
             fresh = torch.randn(own.shape, generator=generator, device=on, dtype=own.dtype).to(own.device)
             own = (1 - noise_mix**2) ** 0.5 * own + noise_mix * fresh
         return torch.cat([noise, own])
-
-    def _result(
-        self,
-        trajectory: Trajectory,
-        prompts: Sequence[str],
-        z: Tensor,
-        recipe: Mapping[str, Any],
-        cost: Mapping[str, Any],
-        output_type: str,
-    ) -> EditResult:
-        if output_type == "latent":
-            return EditResult(z[1:], prompts, trajectory, recipe, cost)
-        pixels = self.backbone.decode(torch.cat([trajectory.clean.to(z), z]))
-        ceiling, reconstruction = pixels[0:1], pixels[1:2]
-        checked, flagged = self.backbone.check_pixels(pixels[2:])
-        unit = (checked / 2 + 0.5).clamp(0, 1)
-        edited = images.to_pil(checked)
-        source, quality = None, {}
-        if trajectory.source is not None:
-            source = images.to_pil(trajectory.source.permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
-            quality = {"psnr": _quality(reconstruction, trajectory), "vae_psnr": _quality(ceiling, trajectory)}
-        record = None if trajectory.fit is None else images.Fit.from_dict(trajectory.fit)
-        output: dict[str, Callable[[], Any]] = {
-            "pil": lambda: [picture if record is None else images.undo(picture, record) for picture in edited],
-            "np": lambda: unit.permute(0, 2, 3, 1).cpu().numpy(),
-            "pt": lambda: unit,
-        }
-        shown = images.to_pil(reconstruction)[0]
-        return EditResult(
-            output[output_type](), prompts, trajectory, recipe, cost, source, shown, edited, quality, flagged
-        )
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], Any]]:
@@ -319,29 +289,3 @@ def _positive_steps(steps: int) -> int:
 
 def _sides(z: Tensor) -> tuple[int, int]:
     return z.shape[-2], z.shape[-1]
-
-
-def _streams(batch: Sequence[BatchRow]) -> Streams:
-    """Name the rows of a UNet batch: the denoiser's row 0 is the source, the others are targets."""
-    return Streams(tuple(StreamRow("source" if b.row == 0 else "target", max(b.row - 1, 0), b.half) for b in batch))
-
-
-def _with_source_twin(denoiser: Denoiser, read_by_targets: bool) -> Denoiser:
-    """Decide whether the source row needs an unconditional twin.
-
-    Not where its prompt equals the negative one: guidance is then the identity, and one row serves both halves. Else where
-    its own guidance asks for it, or where guided targets read it: each half reads its own, as in the authors' layout.
-    """
-    assert denoiser.negative is not None
-    first = [0]
-    if denoiser.conditioning.select(first).equals(denoiser.negative.select(first)):
-        return replace(denoiser, guidance=(1.0, *denoiser.guidance[1:]))
-    read = read_by_targets and any(scale != 1 for scale in denoiser.guidance[1:])
-    rest = tuple(scale != 1 for scale in denoiser.guidance[1:])
-    return replace(denoiser, twins=(denoiser.guidance[0] != 1 or read, *rest))
-
-
-def _quality(pixels: Tensor, trajectory: Trajectory) -> float:
-    assert trajectory.source is not None
-    source = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255
-    return psnr((pixels.cpu().double() / 2 + 0.5).clamp(0, 1), source)

@@ -113,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose a writable folder") from error
     finally:

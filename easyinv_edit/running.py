@@ -25,7 +25,8 @@ def resolve_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try 'auto' or 'cpu'") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
 
 
 def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:

@@ -71,7 +71,7 @@ class Trajectory:
             target.parent.mkdir(parents=True, exist_ok=True)
             content = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
             save_file(content, partial, metadata={"format": FORMAT, "header": json.dumps(header, default=dict)})
-            os.replace(partial, target)
+            partial.replace(target)
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(f"{target}: cannot be written ({error}); choose a writable place") from error
         finally:

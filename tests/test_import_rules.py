@@ -24,6 +24,7 @@ LOGGERS = ("diffusers.utils", "transformers.utils")
 RECIPE_FILES = ("easyinv_edit/recipe.py", "easyinv_edit/tabletop/training.py")
 CONTROL_USERS = (
     "easyinv_edit/pipeline.py",
+    "easyinv_edit/rows.py",
     "easyinv_edit/recipe.py",
     "easyinv_edit/cli.py",
     "easyinv_edit/evaluation/*",

@@ -22,8 +22,8 @@ def wrap(pipe: Any) -> StableDiffusion:
         if family.serves(pipe):
             return family(pipe)
     raise ModelError(
-        f"{type(pipe).__name__} is of no known family ({', '.join(BACKBONES)}); load a Stable Diffusion 1.x or 2.x text-to-image "
-        "pipeline"
+        f"{type(pipe).__name__} is of no known family ({', '.join(BACKBONES)}); load a Stable Diffusion 1.x or 2.x "
+        "text-to-image pipeline"
     )
 
 

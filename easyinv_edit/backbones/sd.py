@@ -41,12 +41,12 @@ class StableDiffusion:
     @property
     def network(self) -> nn.Module:
         """The UNet."""
-        return self.pipe.unet  # type: ignore[no-any-return]
+        return self.pipe.unet
 
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes, right under offload too."""
-        return self.pipe._execution_device  # type: ignore[no-any-return]
+        return self.pipe._execution_device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +56,7 @@ class StableDiffusion:
     @property
     def downscale(self) -> int:
         """Pixels per latent cell and side."""
-        return self.pipe.vae_scale_factor  # type: ignore[no-any-return]
+        return self.pipe.vae_scale_factor
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -85,19 +85,19 @@ class StableDiffusion:
         unet = self.pipe.unet
         text = conditioning.embeddings.to(unet.dtype)
         label = torch.tensor(timestep, device=z.device)
-        return unet(z.to(unet.dtype), label, encoder_hidden_states=text, return_dict=False)[0].to(z.dtype)  # type: ignore[no-any-return]
+        return unet(z.to(unet.dtype), label, encoder_hidden_states=text, return_dict=False)[0].to(z.dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (rows, 3, H, W) in [-1, 1] -> latents of the posterior's mode, scaled. Float32 VAE where it is half."""
         with _float32_vae(self.pipe.vae) as vae:
             posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
-        return (posterior.mode() * vae.config.scaling_factor).to(self.dtype)  # type: ignore[no-any-return]
+        return (posterior.mode() * vae.config.scaling_factor).to(self.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> pixels (rows, 3, H, W) in about [-1, 1], float32."""
         with _float32_vae(self.pipe.vae) as vae:
             pixels = vae.decode(z.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return pixels.float()  # type: ignore[no-any-return]
+        return pixels.float()
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline itself would; warns once, naming the words that do not fit."""
@@ -110,7 +110,9 @@ class StableDiffusion:
         config = dict(self.pipe.scheduler.config)
         if "beta_start" not in config:
             name = type(self.pipe.scheduler).__name__
-            raise ModelError(f"{name} has no betas; Stable Diffusion 1.x and 2.x need a scheduler of the DDPM family, e.g. DDIM")
+            raise ModelError(
+                f"{name} has no betas; Stable Diffusion 1.x and 2.x need a scheduler of the DDPM family, e.g. DDIM"
+            )
         # clip_sample and thresholding are for pixels and wreck latents; SD's own value is the default of set_alpha_to_one.
         config = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False}
         scheduler = DDIMScheduler.from_config(config)
@@ -143,7 +145,8 @@ class StableDiffusion:
         if end and not prompt[end - 1].isspace() and not prompt[end].isspace():
             end = len(re.sub(r"\s\S*$", "", prompt[:end]))  # scripts without spaces are cut in the middle, as CLIP does
         warnings.warn(
-            f"the prompt has {len(offsets)} tokens and the model reads {room}; these words are dropped: {prompt[end:].strip()!r}",
+            f"the prompt has {len(offsets)} tokens and the model reads {room}; "
+            f"these words are dropped: {prompt[end:].strip()!r}",
             EasyInvWarning,
             stacklevel=2,
         )

@@ -80,7 +80,8 @@ def make_case(task: Task, scene: Scene) -> Case | None:
     """The case of a scene, or None where the task cannot be shown on it (a plain object has no texture to keep)."""
     if scene.texture == "plain" or (task.field == "pose" and scene.shape in ("ball", "ring")):
         return None
-    truth = replace(scene, **{task.field: _other(task.field, scene)})
+    changed: dict[str, Any] = {task.field: _other(task.field, scene)}
+    truth = replace(scene, **changed)
     return Case(task, scene, truth, caption(scene, task.unnamed), caption(truth, task.unnamed))
 
 
@@ -122,7 +123,9 @@ def run_task(
     ]
     made: dict[str, Tensor] = {"source unedited": sources, "autoencoder of the truth": _round_trip(pipe, truths)}
     for method, options in METHODS.items():
-        edits = [_edit(pipe, t, c, i, guidance_scale, options) for i, (t, c) in enumerate(zip(trajectories, cases, strict=True))]
+        edits = [
+            _edit(pipe, t, c, i, guidance_scale, options) for i, (t, c) in enumerate(zip(trajectories, cases, strict=True))
+        ]
         made[method] = torch.cat(edits)
     outcomes = [_score(name, pictures, cases, truths, masks, judge) for name, pictures in made.items()]
     rows = [sources, truths, *(made[method] for method in METHODS)]
@@ -134,7 +137,7 @@ def run_task(
 def _edit(pipe: EditPipeline, trajectory: Trajectory, case: Case, seed: int, scale: float, options: dict[str, Any]) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     result = pipe.edit(trajectory, case.prompt, guidance_scale=scale, generator=generator, output_type="pt", **options)
-    return result.images.float().cpu()  # type: ignore[no-any-return]
+    return result.images.float().cpu()
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def evaluate(model: str, folder: Path, count: int, steps: int, report: Report) -
 
 
 def _samples(pipe: EditPipeline, judge: judging.Judge, count: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Judge accuracy on rendered pictures, and on samples of their full captions at guidance 3 and 5 (T = 25, stock pipeline)."""
+    """Judge accuracy on rendered pictures and on the stock pipeline's samples of their full captions (guidance 3 and 5, T = 25)."""
     scenes = [random_scene(HELD_OUT + 1_000_000 + i) for i in range(count)]
     size = pipe.backbone.native_size[0]
     result = {"rendered": judging.accuracy(judge, render(scenes, size)[0], scenes)}
@@ -84,14 +84,24 @@ def text(report: dict[str, Any]) -> str:
     lines = ["| pictures | " + " | ".join(fields) + " |", "|---" * (len(fields) + 1) + "|"]
     for name, row in report["samples"].items():
         lines.append(f"| {name} | " + " | ".join(f"{row[field]:.2f}" for field in fields) + " |")
-    lines += ["", "| inversion | dB to the autoencoder | dB to the picture | std of z_T | evaluations | seconds |", "|---" * 6 + "|"]
+    lines += [
+        "",
+        "| inversion | dB to the autoencoder | dB to the picture | std of z_T | evaluations | seconds |",
+        "|---" * 6 + "|",
+    ]
     for row in report["reconstructions"]:
         numbers = (row["psnr_latent_ceiling"], row["psnr"], row["noise_deviation"], row["evaluations"], row["seconds"])
         lines.append("| {} | {:.1f} | {:.1f} | {:.2f} | {:.0f} | {:.2f} |".format(row["method"], *numbers))
-    lines += ["", "| edit | method | dB to the truth | dB inside the object | target word | unnamed words kept |", "|---" * 6 + "|"]
+    lines += [
+        "",
+        "| edit | method | dB to the truth | dB inside the object | target word | unnamed words kept |",
+        "|---" * 6 + "|",
+    ]
     for row in report["edits"]:
         spread = f"{row['object_psnr']:.2f} ± {row['deviation']:.2f}"
-        lines.append(f"| {row['task']} | {row['method']} | {row['psnr']:.2f} | {spread} | {row['target']:.2f} | {row['kept']:.2f} |")
+        lines.append(
+            f"| {row['task']} | {row['method']} | {row['psnr']:.2f} | {spread} | {row['target']:.2f} | {row['kept']:.2f} |"
+        )
     lines += ["", *_gains(report)]
     return "\n".join(lines)
 

@@ -63,4 +63,4 @@ def climb(
 
 def settings_of(method: InversionMethod) -> dict[str, Any]:
     """The fields of a method, JSON-able."""
-    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
+    return dataclasses.asdict(method)  # type: ignore[call-overload]

@@ -60,7 +60,9 @@ def train(vae: AutoencoderKL, pictures: Tensor, masks: Tensor, settings: Fit, fo
 def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     """Posterior modes of uint8 pictures: (N, 4, H / 4, W / 4) float32 on the CPU."""
     device = next(vae.parameters()).device
-    return torch.cat([vae.encode(to_model_range(part).to(device)).latent_dist.mode().cpu() for part in pictures.split(batch)])
+    return torch.cat(
+        [vae.encode(to_model_range(part).to(device)).latent_dist.mode().cpu() for part in torch.split(pictures, batch)]
+    )
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def round_trip(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     """Encode and decode uint8 pictures: float32 [0, 1] on the CPU."""
     device = next(vae.parameters()).device
     parts = []
-    for part in pictures.split(batch):
+    for part in torch.split(pictures, batch):
         latents = vae.encode(to_model_range(part).to(device)).latent_dist.mode()
         parts.append((vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1))
     return torch.cat(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,5 @@ def train(
 def _bands(timesteps: Tensor, error: Tensor) -> dict[str, float]:
     """Mean squared epsilon error per timestep band."""
     error = error.detach().cpu()
-    inside = {f"t{low}": (timesteps >= low) & (timesteps < high) for low, high in zip(BANDS, BANDS[1:], strict=False)}
+    inside = {f"t{low}": (timesteps >= low) & (timesteps < high) for low, high in pairwise(BANDS)}
     return {name: error[rows].mean().item() for name, rows in inside.items()}

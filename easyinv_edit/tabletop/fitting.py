@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -156,7 +155,7 @@ def _save(run: _Run, on_save: Callable[[int], None] | None) -> None:
     partial = run.path.with_suffix(".partial")
     content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     torch.save({**content, "average": run.average, "position": run.position()}, partial)
-    os.replace(partial, run.path)
+    partial.replace(run.path)
     if on_save is not None:
         current = {key: value.detach().clone() for key, value in run.model.state_dict().items()}
         run.model.load_state_dict(run.average)

@@ -6,6 +6,7 @@ Its own accuracy on held-out pictures is reported with every figure it gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 32, 64, 128, 192)
-        stages = [_stage(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        stages = [_stage(a, b) for a, b in pairwise(widths)]
         self.body = nn.Sequential(*stages, nn.Flatten(), nn.Linear(192 * 4 * 4, 128), nn.ReLU())
         self.heads = nn.ModuleDict({field: nn.Linear(128, len(words)) for field, words in WORDS.items()})
 
@@ -62,11 +63,14 @@ def labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Class numbers per attribute, `IGNORED` where the picture cannot show it."""
     rows = [shown(scene) for scene in scenes]
     return {
-        field: torch.tensor([words.index(row[field]) if field in row else IGNORED for row in rows]) for field, words in WORDS.items()
+        field: torch.tensor([words.index(row[field]) if field in row else IGNORED for row in rows])
+        for field, words in WORDS.items()
     }
 
 
-def train(pictures: Tensor, scenes: Sequence[Scene], settings: Fit, folder: Path, device: torch.device) -> tuple[Judge, dict[str, Any]]:
+def train(
+    pictures: Tensor, scenes: Sequence[Scene], settings: Fit, folder: Path, device: torch.device
+) -> tuple[Judge, dict[str, Any]]:
     """Train a judge on uint8 pictures (N, 3, 64, 64) of `scenes`, with a little noise; returns it and the record."""
     torch.manual_seed(settings.seed)
     judge = Judge().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,7 +81,9 @@ def train(pictures: Tensor, scenes: Sequence[Scene], settings: Fit, folder: Path
         batch = pictures[rows].float() / 255
         noisy = (batch + 0.02 * torch.randn(batch.shape, generator=generator)).to(device)
         logits = judge(noisy)
-        losses = [nn.functional.cross_entropy(logits[f].float(), targets[f][rows].to(device), ignore_index=IGNORED) for f in logits]
+        losses = [
+            nn.functional.cross_entropy(logits[f].float(), targets[f][rows].to(device), ignore_index=IGNORED) for f in logits
+        ]
         return torch.stack(losses).sum(), {}
 
     record = fit("judge", judge, loss, settings, folder)

@@ -51,7 +51,9 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
         raise RecipeError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
     except ValidationError as error:
         items = error.errors(include_url=False)
-        raise RecipeError([f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in items]) from error
+        raise RecipeError(
+            [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in items]
+        ) from error
 
 
 def train(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report = print) -> Path:
@@ -62,7 +64,7 @@ def train(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Re
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = _pictures(recipe, folder, device, report)
     scenes = [random_scene(seed) for seed in range(recipe.scenes)]
-    record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}  # type: ignore[call-overload]
+    record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}
     critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
     vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
     report(f"autoencoder: {record['autoencoder']}")
@@ -99,7 +101,9 @@ def sample_grid(pipe: Any, count: int = 16, guidance_scale: float = 5.0) -> Any:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     prompts = [caption(scene) for scene in held_out(count)]
-    pictures = pipe(prompts, num_inference_steps=25, guidance_scale=guidance_scale, generator=generator, output_type="pt").images
+    pictures = pipe(
+        prompts, num_inference_steps=25, guidance_scale=guidance_scale, generator=generator, output_type="pt"
+    ).images
     rows = [torch.cat(list(row), -1) for row in pictures.float().cpu().split(4)]
     return to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0]
 
@@ -132,7 +136,8 @@ def _autoencoder(
     record |= autoencoder.gate(vae, test, test_masks)
     if record["object_psnr"] < recipe.gate:
         raise EasyInvError(
-            f"the autoencoder reaches {record['object_psnr']:.1f} dB inside objects, below the gate of {recipe.gate}; train it longer"
+            f"the autoencoder reaches {record['object_psnr']:.1f} dB inside objects, below the gate of {recipe.gate}; "
+            "train it longer"
         )
     record["whitening"] = autoencoder.whiten(vae, pictures[:2048])
     scenes = held_out(512)
