@@ -10,7 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 from easyinv_edit import images
 from easyinv_edit.cost import Cost
 from easyinv_edit.errors import InputError
+from easyinv_edit.figures import strip
 from easyinv_edit.trajectory import Trajectory
 
 PACKAGES = ("easyinv-edit", "torch", "diffusers", "transformers", "numpy", "pillow")
@@ -51,7 +52,7 @@ class EditResult:
         shown = [(label, picture) for label, picture in pairs if picture is not None]
         if not shown:
             raise InputError("this result holds no pictures to compare; edit with output_type='pil'")
-        return images.strip([picture for _, picture in shown], [label for label, _ in shown])
+        return strip([picture for _, picture in shown], [label for label, _ in shown])
 
     def summary(self) -> dict[str, Any]:
         """`result.json`: everything but the pictures, JSON-able."""
@@ -100,11 +101,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def cost_dict(cost: Mapping[str, Cost]) -> dict[str, Any]:
-    """Costs by phase, JSON-able."""
-    return {phase: asdict(part) for phase, part in cost.items()}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from easyinv_edit.errors import ImageError
-from easyinv_edit.images import MAX_SIDE, Fit, Policy, fit, load, save_png, strip, to_pil, to_tensor, to_uint8, undo
+from easyinv_edit.figures import strip
+from easyinv_edit.images import MAX_SIDE, Fit, Policy, fit, load, save_png, to_pil, to_tensor, to_uint8, undo
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "photos"
 RED, GREY, WHITE = (255, 0, 0), (102, 102, 102), (255, 255, 255)

@@ -55,7 +55,7 @@ def evaluate(model: str, folder: Path, count: int, steps: int, report: Report) -
 
 
 def _samples(pipe: EditPipeline, judge: judging.Judge, count: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Judge accuracy on rendered pictures and on the stock pipeline's samples of their full captions (guidance 3 and 5, T = 25)."""
+    """Judge accuracy on rendered pictures and on the stock pipeline's samples (full captions, guidance 3 and 5, T = 25)."""
     scenes = [random_scene(HELD_OUT + 1_000_000 + i) for i in range(count)]
     size = pipe.backbone.native_size[0]
     result = {"rendered": judging.accuracy(judge, render(scenes, size)[0], scenes)}
