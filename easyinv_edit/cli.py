@@ -7,13 +7,13 @@ unless `--debug` is given.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from easyinv_edit import terminal
 
 if TYPE_CHECKING:
     from easyinv_edit.recipe import EditRecipe
@@ -36,11 +36,13 @@ SourcePrompt = Annotated[str | None, typer.Option("--source-prompt", "-s", help=
 @app.command()
 def demo(output: Output = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False) -> None:
     """Edit two rendered scenes and a photograph with the embedded model, offline."""
-    _settle(quiet or json_)
+    terminal.settle(quiet)
     from easyinv_edit import demo as demonstration
 
-    report = demonstration.run(Path(output or "outputs/demo"), progress=not (quiet or json_))
-    _show(report, quiet, json_, demonstration.table)
+    folder = Path(output or "outputs/demo")
+    terminal.require_writable(folder)
+    report = demonstration.run(folder, progress=terminal.bars(quiet, json_))
+    terminal.show(report, quiet, json_, demonstration.table)
 
 
 @app.command()
@@ -75,20 +77,22 @@ def invert(
     debug: Debug = False,
 ) -> None:
     """Invert an image once, to be edited many times."""
-    _settle(quiet or json_)
+    terminal.settle(quiet)
     from easyinv_edit.errors import InputError
-    from easyinv_edit.running import invert_recipe, open_pipeline
+    from easyinv_edit.running import invert_recipe, open_pipeline, require_readable_image
 
     if not output.endswith(".safetensors"):
         raise InputError(f"{output}: an inversion file must end in .safetensors, so that `edit` knows it")
     values = {"image": image, **({} if source_prompt is None else {"source_prompt": source_prompt})}
     chosen = _recipe(recipe, overrides, values)
+    require_readable_image(image)
+    terminal.require_writable(Path(output).parent)
     pipe = open_pipeline(chosen)
-    pipe.set_progress_bar_config(disable=quiet or json_ or not sys.stderr.isatty())
+    pipe.set_progress_bar_config(disable=not terminal.bars(quiet, json_))
     trajectory = invert_recipe(chosen, pipe)
     trajectory.save(output)
     facts = {"file": output, "evaluations": trajectory.cost.evaluations, "seconds": round(trajectory.cost.seconds, 3)}
-    _show(facts, quiet, json_, lambda f: f"{f['file']}: {f['evaluations']} UNet evaluations, {f['seconds']} s")
+    terminal.show(facts, quiet, json_, lambda f: f"{f['file']}: {f['evaluations']} UNet evaluations, {f['seconds']} s")
 
 
 @app.command()
@@ -106,7 +110,7 @@ def run(
 @app.command()
 def doctor(json_: Json = False, debug: Debug = False) -> None:
     """Check versions, devices and the embedded model."""
-    _settle(True)
+    terminal.settle(True)
     from dataclasses import asdict
 
     from easyinv_edit.doctor import examine
@@ -175,7 +179,7 @@ def tabletop_train(
     debug: Debug = False,
 ) -> None:
     """Train the embedded model from scratch, or resume."""
-    _settle(True)
+    terminal.settle(True)
     from easyinv_edit.running import resolve_device
     from easyinv_edit.tabletop.training import read_training_recipe, train
 
@@ -192,37 +196,43 @@ def tabletop_evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model: samples judged, reconstructions, and edits whose true result is rendered."""
-    _settle(True)
+    terminal.settle(True)
     from easyinv_edit.evaluation import tabletop
 
     report = tabletop.evaluate(model, Path(output), scenes, steps, report=lambda text: typer.echo(text, err=True))
-    _show(report, False, json_, tabletop.text)
+    terminal.show(report, False, json_, tabletop.text)
 
 
 def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
-    _settle(quiet or json_)
-    from easyinv_edit.running import edit_recipe, invert_recipe, open_pipeline, require_image_and_prompts
+    terminal.settle(quiet)
+    from easyinv_edit import running
     from easyinv_edit.trajectory import Trajectory
 
-    require_image_and_prompts(recipe)
-    _require_writable(Path(recipe.output))
+    running.require_image_and_prompts(recipe)
+    terminal.require_writable(Path(recipe.output))
     image = recipe.image or ""
     stored = Trajectory.load(image) if image.endswith(".safetensors") else None
-    pipe = open_pipeline(recipe)
-    pipe.set_progress_bar_config(disable=quiet or json_ or not sys.stderr.isatty())
-    result = edit_recipe(recipe, pipe, stored or invert_recipe(recipe, pipe))
-    _show(result.save(recipe.output), quiet, json_, lambda facts: _edit_text(facts, recipe.output))
+    if stored is None:
+        running.require_readable_image(image)
+    pipe = running.open_pipeline(recipe)
+    pipe.set_progress_bar_config(disable=not terminal.bars(quiet, json_))
+    result = running.edit_recipe(recipe, pipe, stored or running.invert_recipe(recipe, pipe))
+    terminal.show(result.save(recipe.output), quiet, json_, lambda facts: _edit_text(facts, recipe.output))
 
 
 def _edit_text(facts: dict[str, Any], folder: str) -> str:
     evaluations, seconds = facts["evaluations"], facts["seconds"]
-    psnr, ceiling = (facts["reconstruction"].get(key, float("nan")) for key in ("psnr", "vae_psnr"))
+    psnr, ceiling = (facts["reconstruction"].get(key) for key in ("psnr", "vae_psnr"))
     return (
         f"{folder}: {', '.join(facts['images'].values())}\n"
         f"UNet evaluations: {evaluations['invert']} to invert, {evaluations['edit']} to edit; "
         f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; "
-        f"reconstruction {psnr:.1f} dB (autoencoder alone {ceiling:.1f})"
+        f"reconstruction {_decibels(psnr)} (autoencoder alone {_decibels(ceiling)})"
     )
+
+
+def _decibels(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} dB"
 
 
 def _recipe(name: str | None, overrides: list[str] | None, values: dict[str, Any]) -> EditRecipe:
@@ -246,51 +256,15 @@ def _config(group: str, name: str) -> Path:
     return shipped[name] if name in shipped and not Path(name).exists() else Path(name)
 
 
-INVERSION_KEYS = ("model.", "image", "source_prompt", "num_inference_steps", "inversion", "size", "fit")
+INVERSION_KEYS = ("image", "source_prompt", "num_inference_steps", "inversion", "inversion_guidance_scale", "size", "fit")
 
 
 def _refuse_inversion_keys(overrides: list[str], source_prompt: str | None) -> None:
     from easyinv_edit.errors import InputError
 
     given = [o.split("=")[0] for o in overrides] + ([] if source_prompt is None else ["source_prompt"])
-    if wrong := [key for key in given if key.split(".")[0] in INVERSION_KEYS or key.startswith("inversion")]:
+    if wrong := [key for key in given if key.split(".")[0] in INVERSION_KEYS]:
         raise InputError(f"{', '.join(wrong)}: decided when the inversion was made; give the image instead, or leave it out")
-
-
-def _require_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    from easyinv_edit.errors import InputError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output folder") from error
-
-
-def _show(facts: Any, quiet: bool, json_: bool, text: Any) -> None:
-    if json_:
-        typer.echo(json.dumps(facts, indent=2))
-    elif not quiet:
-        typer.echo(text(facts))
-
-
-def _settle(quiet: bool) -> None:
-    """Keep other libraries' bars and notices off the terminal; our own warnings are one line each."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    from easyinv_edit.errors import EasyInvWarning
-
-    for logging in (transformers_logging, diffusers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("ignore" if quiet else "always", EasyInvWarning)
-    warnings.showwarning = lambda message, *_args, **_kwargs: typer.echo(f"warning: {message}", err=True)
 
 
 def main() -> None:

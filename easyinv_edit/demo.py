@@ -70,8 +70,7 @@ def table(report: dict[str, Any]) -> str:
     head = f"{'source':16} {'inversion':10} {'reconstruction':>15} {'sampled back':>13} {'evaluations':>12} {'seconds':>8}"
     lines = [head]
     for row in report["rows"]:
-        quality = f"{row['psnr']:.1f} dB"
-        back = f"{row['sampled_back']:.1f} dB"
+        quality, back = ("exact" if value is None else f"{value:.1f} dB" for value in (row["psnr"], row["sampled_back"]))
         lines.append(
             f"{row['source']:16} {row['method']:10} {quality:>15} {back:>13} {row['evaluations']:>12} {row['seconds']:>8.1f}"
         )

@@ -48,7 +48,8 @@ class EditResult:
     @cached_property
     def comparison(self) -> Image.Image:
         """Source, reconstruction and edits side by side, labelled."""
-        pairs = [("source", self.source), ("reconstruction", self.reconstruction), *zip(self.prompts, self.edited, strict=True)]
+        edits = zip(self.prompts, self.edited, strict=True) if self.edited else ()  # latents have no pictures
+        pairs = [("source", self.source), ("reconstruction", self.reconstruction), *edits]
         shown = [(label, picture) for label, picture in pairs if picture is not None]
         if not shown:
             raise InputError("this result holds no pictures to compare; edit with output_type='pil'")

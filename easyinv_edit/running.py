@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from easyinv_edit.errors import InputError, RecipeError
-from easyinv_edit.images import to_pil
+from easyinv_edit.images import MIN_SIDE, load, to_pil
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.recipe import EditRecipe
 from easyinv_edit.result import EditResult
@@ -43,7 +43,7 @@ def source_image(spec: str, size: tuple[int, int]) -> str | Image.Image:
     from easyinv_edit.tabletop.scene import random_scene
 
     seed = spec.removeprefix(SCENE)
-    if not seed.isdigit():
+    if not seed.isdecimal():
         raise InputError(f"image {spec!r}: write scene:SEED with a whole number, e.g. scene:7")
     return to_pil(render([random_scene(int(seed))], min(size))[0] * 2 - 1)[0]
 
@@ -53,6 +53,13 @@ def require_image_and_prompts(recipe: EditRecipe, name: str = "recipe") -> None:
     missing = {"image": recipe.image, "prompts": recipe.prompts}
     if lacking := [f"{name}: {key}: is missing; an edit needs it" for key, value in missing.items() if not value]:
         raise RecipeError(lacking)
+
+
+def require_readable_image(image: str) -> None:
+    """Raise ImageError or InputError where an image cannot be used, before a model is loaded for it."""
+    picture = source_image(image, (MIN_SIDE, MIN_SIDE))
+    if isinstance(picture, str):
+        load(picture)
 
 
 def invert_recipe(recipe: EditRecipe, pipe: EditPipeline) -> Trajectory:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from easyinv_edit.cli import main
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
+from tests.helpers import Command
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,13 +47,29 @@ def untrained(untrained_folder: Path) -> EditPipeline:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Iterator[EditPipeline]:
+def embedded() -> EditPipeline:
     """The shipped model; skips where a checkout has no weights."""
     if not (embedded_folder() / "model_index.json").exists():
         pytest.skip("the embedded weights are not in this checkout")
     pipe = EditPipeline.embedded()
     pipe.set_progress_bar_config(disable=True)
-    yield pipe
+    return pipe
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: arguments -> (exit code, stdout, stderr)."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["easyinv-edit", *arguments])
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

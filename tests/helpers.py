@@ -18,6 +18,8 @@ from easyinv_edit.schedule import NoiseSchedule
 
 Output = Callable[[Tensor, int, Tensor], Tensor]
 """(latents, timestep, embeddings (rows, tokens, dim)) -> raw model output."""
+Command = Callable[..., tuple[int, str, str]]
+"""Arguments of the command line -> (exit code, stdout, stderr)."""
 
 
 def ddim_scheduler(steps: int = 50, prediction_type: str = "epsilon", **changes: object) -> DDIMScheduler:

@@ -162,7 +162,7 @@ SPARED = [
     ("the core", "easyinv_edit/sampling.py", "from .schedule import NoiseSchedule\nimport torch.nn.functional as F"),
     ("an inversion method", "easyinv_edit/inversion/new.py", "from .base import climb\nfrom ..schedule import NoiseSchedule"),
     ("an inversion method", "easyinv_edit/inversion/__init__.py", "from easyinv_edit.inversion.ddim import DDIM"),
-    ("models are loaded", "easyinv_edit/cli.py", "from diffusers.utils import logging"),
+    ("models are loaded", "easyinv_edit/terminal.py", "from diffusers.utils import logging"),
     ("models are loaded", "easyinv_edit/tabletop/networks.py", "import diffusers"),
     ("YAML", "easyinv_edit/recipe.py", "import omegaconf, yaml"),
     ("attention control is used", "easyinv_edit/evaluation/run.py", "import attention_control"),

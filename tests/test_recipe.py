@@ -255,7 +255,7 @@ def test_mistakes_of_file_and_overrides_come_together() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: None, "No such file"),
+        (lambda _path: None, "No such file"),
         (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: path.write_bytes(b"model: \xff\xfe"), "not UTF-8"),
     ],

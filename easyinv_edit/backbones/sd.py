@@ -116,12 +116,12 @@ class StableDiffusion:
         # clip_sample and thresholding are for pixels and wreck latents; SD's own value is the default of set_alpha_to_one.
         config = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False}
         scheduler = DDIMScheduler.from_config(config)
-        if num_inference_steps > scheduler.config.num_train_timesteps:
+        levels = scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(min(num_inference_steps, levels))
+        if num_inference_steps > levels or int(scheduler.timesteps.max()) >= levels:  # an offset can run over the end
             raise ModelError(
-                f"num_inference_steps is {num_inference_steps}; this model was trained with "
-                f"{scheduler.config.num_train_timesteps} levels and cannot take more"
+                f"num_inference_steps is {num_inference_steps}; this model was trained with {levels} levels, so use fewer steps"
             )
-        scheduler.set_timesteps(num_inference_steps)
         final, kind = float(scheduler.final_alpha_cumprod), scheduler.config.prediction_type
         return NoiseSchedule.from_alphas(scheduler.alphas_cumprod, scheduler.timesteps.tolist(), final, kind)
 

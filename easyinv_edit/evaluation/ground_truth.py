@@ -108,7 +108,7 @@ def run_task(
     *,
     inversion: str = "easyinv",
     num_inference_steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 3.0,
 ) -> tuple[list[Outcome], Image.Image]:
     """Edit every case with every method; returns the outcomes, bounds included, and a grid of pictures.
 

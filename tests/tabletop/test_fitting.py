@@ -1,0 +1,89 @@
+"""The training loop: its schedule, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from easyinv_edit.tabletop import fitting
+from easyinv_edit.tabletop.fitting import Fit, Loss, fit
+
+SHORT = Fit(samples=60, batch=4, rate=1e-2, warmup=3, seed=5)
+
+
+def line() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 1)
+
+
+def loss_of(model: nn.Module, fail_at: int | None = None) -> Loss:
+    """A loss that draws its data from the step's generator; optionally interrupted at one step."""
+    seen = [0]
+
+    def loss(generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        seen[0] += 1
+        if seen[0] == fail_at:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 4, generator=generator)
+        return (model(x) - x.sum(-1, keepdim=True)).square().mean(), {"progress": progress}
+
+    return loss
+
+
+def test_the_rate_warms_up_holds_and_falls_to_two_percent() -> None:
+    settings = Fit(samples=100, rate=1.0, warmup=10, constant_until=0.4)
+    assert settings.rate_at(0, 0.0) == pytest.approx(0.1)
+    assert settings.rate_at(50, 0.2) == settings.rate_at(50, 0.4) == pytest.approx(1.0)
+    assert settings.rate_at(50, 0.7) == pytest.approx(0.51)
+    assert settings.rate_at(50, 1.0) == pytest.approx(0.02)
+
+
+def test_progress_is_the_budget_that_runs_out_first() -> None:
+    settings = Fit(samples=100, minutes=1.0)
+    assert settings.progress(50, 6.0) == 0.5
+    assert settings.progress(10, 30.0) == 0.5
+    assert settings.progress(10, 600.0) == 1.0
+
+
+def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    whole, broken = line(), line()
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    fit("net", whole, loss_of(whole), SHORT, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        fit("net", broken, loss_of(broken, fail_at=8), SHORT, tmp_path / "b")
+    resumed = line()
+    record = fit("net", resumed, loss_of(resumed), SHORT, tmp_path / "b")
+    assert record["samples"] == 60
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_it_learns_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "LOG_STEPS", 50)
+    model = line()
+    fit("net", model, loss_of(model), Fit(samples=1600, batch=4, rate=3e-2, warmup=3, ema=0.9), tmp_path)
+    losses = [json.loads(row)["loss"] for row in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 8
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    model = line()
+    with pytest.raises(FloatingPointError, match="net: loss is nan at step 0"):
+        fit("net", model, lambda g, p: (model(torch.ones(1, 4)).sum() * float("nan"), {}), SHORT, tmp_path)
+
+
+def test_on_save_sees_the_averaged_weights_and_training_goes_on_from_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    plain, watched, seen = line(), line(), []
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    fit("net", plain, loss_of(plain), SHORT, tmp_path / "a")
+    fit("net", watched, loss_of(watched), SHORT, tmp_path / "b", lambda step: seen.append(watched.weight.detach().clone()))
+    assert torch.equal(plain.weight, watched.weight)
+    assert torch.equal(seen[-1], watched.weight)
