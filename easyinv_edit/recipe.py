@@ -80,7 +80,7 @@ class EditRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML with every key written out; `read` gives it back equal."""
-        return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self))))  # type: ignore[call-overload]
+        return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self))))
 
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> EditRecipe:
@@ -138,14 +138,14 @@ def _merged(text: str, name: str, places: Places, overrides: Sequence[str]) -> t
         return {}, [_reference_problem(name, places, (), error)]
     for override in overrides:
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))  # type: ignore[assignment]
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, ValueError):
             return {}, [f"command line: {override!r}: does not fit what the recipe holds there; give the key's whole value"]
     try:
         content = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         return {}, [_reference_problem(name, places, overrides, error)]
-    return {str(key): value for key, value in content.items()}, []  # type: ignore[union-attr]
+    return {str(key): value for key, value in content.items()}, []
 
 
 def _unreadable(override: str) -> str | None:

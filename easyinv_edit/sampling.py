@@ -29,7 +29,7 @@ def ddim_step(denoiser: Denoiser, z: Tensor, level: int) -> Tensor:
     return denoiser.schedule.denoise(z, denoiser(z, level), level)
 
 
-def _no_control(step: int, batch: Sequence[BatchRow]) -> AbstractContextManager[object]:
+def _no_control(_step: int, _batch: Sequence[BatchRow]) -> AbstractContextManager[object]:
     return nullcontext()
 
 
@@ -38,7 +38,7 @@ def sample(
     z: Tensor,
     *,
     pin: Trajectory | None = None,
-    reads_source: Callable[[int], bool] = lambda step: True,
+    reads_source: Callable[[int], bool] = lambda _step: True,
     control: Control = _no_control,
     step_fn: Step = ddim_step,
     after_step: AfterStep | None = None,

@@ -80,14 +80,14 @@ def embeddings(*values: float) -> Conditioning:
 
 def constant(value: Tensor) -> Output:
     """The same output whatever comes in."""
-    return lambda z, t, e: value.expand_as(z)
+    return lambda z, _t, _e: value.expand_as(z)
 
 
 def gaussian(schedule: NoiseSchedule, variance: float = 0.81) -> Output:
     """The optimal output for data ~ N(0, variance): epsilon or v, in closed form."""
     level = {t: i for i, t in enumerate(schedule.timesteps)}
 
-    def output(z: Tensor, t: int, e: Tensor) -> Tensor:
+    def output(z: Tensor, t: int, _e: Tensor) -> Tensor:
         a, g = schedule.signal[level[t]], schedule.noise[level[t]]
         total = variance * a * a + g * g
         if schedule.prediction_type == "epsilon":

@@ -101,7 +101,7 @@ def test_an_image_that_cannot_be_used(command: Command, home: Path, make: Callab
         (("edit", "photo.png", "x", "num_inference_steps=0"), "command line: 'num_inference_steps=0'"),
         (("edit", "photo.png", "x", "guidance_scale"), "write key=value, e.g. guidance_scale=5"),
         (("edit", "photo.png", "x", "model=${oc.env:HOME}"), "are not allowed"),
-        (("edit", "photo.png", ""), "prompts"),
+        (("edit", "", "x"), "image: is missing; an edit needs it"),
         (("edit", "scene:", "x"), "write scene:SEED with a whole number"),
         (("edit", "scene:seven", "x"), "write scene:SEED with a whole number"),
         (("edit", "photo.png", "x", "-r", "none.yaml"), "none.yaml: cannot be read"),

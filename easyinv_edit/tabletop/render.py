@@ -159,7 +159,7 @@ def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: 
     colour = _shade(scenes, points, normal, rotation)
     ground = _ground(scenes, flat, centre_x, scale)
     picture = torch.where(hit[..., None], colour, ground)
-    picture = picture.reshape(len(scenes), side, side, 3).permute(0, 3, 1, 2)
+    picture = picture.reshape(len(scenes), side, side, 3).permute(0, 3, 1, 2).contiguous()
     mask = hit.float().reshape(len(scenes), 1, side, side)
     pool = torch.nn.functional.avg_pool2d
     return pool(picture, supersample).clamp(0, 1).cpu(), pool(mask, supersample).cpu()

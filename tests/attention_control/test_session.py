@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from threading import Barrier
 from typing import Any
 
@@ -278,6 +279,19 @@ def test_a_batch_of_another_size_than_declared_is_refused(unet: UNet2DConditionM
 def test_a_step_the_run_does_not_have_is_refused(unet: UNet2DConditionModel, step: int) -> None:
     with pytest.raises(ControlError, match=f"step {step} .*0 to 49"):
         evaluate_controlled(unet, WHOLE_RUN, SCENE, official_rows(), step)
+
+
+# --- routes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suppliers", list(product(("own", "source"), repeat=3)), ids="-".join)
+def test_a_route_becomes_rows_of_the_batch(unet: UNet2DConditionModel, suppliers: tuple[Any, Any, Any]) -> None:
+    site, rows = list_sites(unet)[10], {"own": [0, 1, 2, 3], "source": [0, 0, 2, 2]}
+    with _attach(unet, Routing([Route(*suppliers, sites="10")])) as session, session.step(0, official_rows()):
+        evaluate(unet, SCENE, official_rows())
+        plan = session.plan_for(site.path, 4)
+    assert plan is not None
+    assert [list(plan.query), list(plan.key), list(plan.value)] == [rows[supplier] for supplier in suppliers]
 
 
 # --- several routes -----------------------------------------------------------------------------------------------------
