@@ -33,6 +33,23 @@ RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe
 SourcePrompt = Annotated[str | None, typer.Option("--source-prompt", "-s", help="What the image shows.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"easyinv-edit {version('easyinv-edit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Edit real images with text, training-free: EasyInv inversion and attention control on diffusion models."""
+
+
 @app.command()
 def demo(output: Output = None, quiet: Quiet = False, json_: Json = False, debug: Debug = False) -> None:
     """Edit two rendered scenes and a photograph with the embedded model, offline."""

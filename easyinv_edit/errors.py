@@ -5,8 +5,8 @@ EasyInvError                  root: what went wrong, what is allowed, what to do
 │   ├── ImageError            an image cannot be read or used
 │   ├── RecipeError           a recipe has problems; all of them, each with its place
 │   ├── ModelError            a model folder cannot be loaded or is of an unknown family
-│   └── TrajectoryError       an inversion file is unusable, or belongs to another model, schedule or size
-├── ScheduleError             a noise schedule that a first-order deterministic sampler cannot serve
+│   ├── TrajectoryError       an inversion file is unusable, or belongs to another model, schedule or size
+│   └── ScheduleError         a noise schedule that a first-order deterministic sampler cannot serve
 └── NonFiniteError            a latent became NaN or infinite; names method, level and remedy
 EasyInvWarning                going on is right, but the user should know
 """
@@ -42,7 +42,7 @@ class RecipeError(InputError):
         super().__init__("\n".join(problems))
 
 
-class ScheduleError(EasyInvError, ValueError):
+class ScheduleError(InputError):
     """A noise schedule that cannot be sampled and inverted by one linear step per level."""
 
 

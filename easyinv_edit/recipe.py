@@ -80,7 +80,8 @@ class EditRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML with every key written out; `read` gives it back equal."""
-        return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self))))
+        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return text.replace("${", "\\${")  # a prompt may hold what would else be a reference
 
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> EditRecipe:

@@ -231,3 +231,8 @@ def test_demo(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folders = list((tmp_path / "demo").iterdir())
     assert len(folders) == len(rows)
     assert all({path.name for path in folder.iterdir()} == FILES for folder in folders)
+
+
+def test_version_is_the_installed_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: f"{package}-1.2.3")
+    assert command("--version")[:2] == (0, "easyinv-edit easyinv-edit-1.2.3\n")

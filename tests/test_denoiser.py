@@ -39,6 +39,16 @@ def test_output_is_the_guidance_formula_of_each_row(guidance: tuple[float, ...])
         torch.testing.assert_close(out[r], unconditional + w * (r + 1), rtol=1e-12, atol=0)
 
 
+def test_each_row_is_moved_away_from_its_own_negative() -> None:
+    guidance, negatives = (3.0, 1.0, 7.5), (-1.0, -2.0, -4.0)
+    denoiser = replace(toy_denoiser(affine, SCHEDULE, 3, guidance), negative=embeddings(*negatives))
+    z = smooth_latent(rows=3)
+    out = denoiser(z, 4)
+    for r, (w, negative) in enumerate(zip(guidance, negatives, strict=True)):
+        expected = 0.5 * z[r] + SCHEDULE.timesteps[4] + negative + w * (r + 1 - negative)
+        torch.testing.assert_close(out[r], expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("guidance", "rows"), [((1.0,), 1), ((7.5,), 2), ((1.0, 7.5), 3), ((1.0, 1.0), 2), ((7.5, 7.5), 4), ((0.0, 1.0), 3)]
 )
