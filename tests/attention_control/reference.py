@@ -127,14 +127,14 @@ def evaluate_official(
     """One call of the UNet under the reference, which takes the authors' layout only: `halves` times [source, targets ...]."""
     own = dict(unet.attn_processors)
     for index, path in enumerate(SELF_PATHS):
-        unet.get_submodule(path).set_processor(_Explicit(halves if index >= 10 else None, union))
+        unet.get_submodule(path).set_processor(Explicit(halves if index >= 10 else None, union))
     try:
         return evaluate(unet, scene, streams)
     finally:
         unet.set_attn_processor(own)
 
 
-class _Explicit:
+class Explicit:
     """Attention written out. halves: the batch is this many times [source, targets ...] and targets read their half's source,
     joined with their own keys where `union`; None: plain attention."""
 
