@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from attention_control.routes import Route
-from attention_control.sites import check_selector
+from attention_control.sites import check_selector, check_step
 
-Step = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
+Step = Annotated[int | float, BeforeValidator(check_step)]
+Sites = Annotated[str, BeforeValidator(lambda sites: str(sites) if type(sites) is int else sites), AfterValidator(check_selector)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -36,7 +37,7 @@ class MasaCtrl:
 
     start_step: Step = 0.08
     stop_step: Step = 1.0
-    sites: Annotated[str, AfterValidator(check_selector)] = "10-15"
+    sites: Sites = "10-15"
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     name: ClassVar[str] = "masactrl"

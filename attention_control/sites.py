@@ -115,10 +115,16 @@ def _parse(part: str) -> _Match:
     raise ControlError(f"sites: cannot read {part!r}; write {ALLOWED}")
 
 
+def check_step(when: float | int) -> float | int:
+    """Return `when`, or raise ControlError where it is neither a whole number of steps nor a share of all."""
+    if type(when) is int and when >= 0:
+        return when
+    if type(when) is float and 0 <= when <= 1:
+        return when
+    raise ControlError(f"step {when!r}: write a whole number of steps, or a share of all steps between 0.0 and 1.0")
+
+
 def resolve_step(when: float | int, num_steps: int) -> int:
     """A step from a whole number (an int) or a share of all steps (a float in [0, 1], rounded up): 0.08 of 50 is 4."""
-    if isinstance(when, int):
-        return when
-    if not 0 <= when <= 1:
-        raise ControlError(f"step {when}: write a whole number of steps, or a share of all steps between 0.0 and 1.0")
-    return math.ceil(round(when * num_steps, 9))
+    check_step(when)
+    return when if isinstance(when, int) else math.ceil(round(when * num_steps, 9))

@@ -201,7 +201,10 @@ def test_half_precision_is_finite_and_near_double(dtype: torch.dtype, near: floa
         {"start_step": float("nan")},
         {"stop_step": -1},
         {"stop_step": 2.5},
-        {"sites": 10},
+        {"start_step": 4.0},
+        {"start_step": "4"},
+        {"start_step": True},
+        {"sites": [10]},
         {"unknown": 1},
     ],
     ids=str,
@@ -230,9 +233,13 @@ def test_the_defaults_are_the_authors_four_of_fifty_and_layers_ten_to_fifteen() 
     assert (route.query, route.key, route.value, route.sites, route.share) == ("own", "source", "source", "10-15", 1.0)
 
 
-@pytest.mark.parametrize("when", [4, 4.0, "4"], ids=repr)
-def test_a_whole_number_of_steps_is_not_a_share(when: Any) -> None:
-    (route,) = MasaCtrl(start_step=when).routes()
+def test_one_site_may_be_written_as_a_number() -> None:
+    settings: dict[str, Any] = {"sites": 10}
+    assert MasaCtrl(**settings) == MasaCtrl(sites="10")
+
+
+def test_a_whole_number_of_steps_is_not_a_share() -> None:
+    (route,) = MasaCtrl(start_step=4).routes()
     assert [step for step in range(20) if route.active(step, 20)] == list(range(4, 20))
 
 
