@@ -22,7 +22,7 @@ from attention_control.routes import Route
 from attention_control.sites import check_selector, check_step
 
 Step = Annotated[int | float, BeforeValidator(check_step)]
-Sites = Annotated[str, BeforeValidator(lambda sites: str(sites) if type(sites) is int else sites), AfterValidator(check_selector)]
+Sites = Annotated[str, BeforeValidator(lambda n: str(n) if type(n) is int else n), AfterValidator(check_selector)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

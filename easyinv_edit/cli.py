@@ -74,7 +74,10 @@ def edit(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Edit an image to a target prompt."""
+    """Edit an image to a target prompt.
+
+    An inversion file has already decided its image, source prompt, size, steps and inversion method; a recipe's are not used.
+    """
     given = {"image": image, "prompts": [prompt], "source_prompt": source_prompt, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
     if image.endswith(".safetensors"):
