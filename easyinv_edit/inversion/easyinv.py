@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -36,6 +36,15 @@ from easyinv_edit.inversion.base import OnLevel, climb
 from easyinv_edit.trajectory import Trajectory
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _ascending(window: tuple[float, float]) -> tuple[float, float]:
+    if not window[0] < window[1]:
+        raise ValueError("should be (start, stop) with start below stop")
+    return window
+
+
+Window = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 
 PRESETS: dict[str, tuple[float, tuple[float, float]]] = {"sd": (0.5, (0.05, 0.25)), "sdxl": (0.8, (0.85, 0.95))}
 """eta and window the authors use, per model family."""
@@ -54,7 +63,7 @@ class EasyInv:
     variant: Literal["repo", "paper"] = "repo"
     preset: Literal["auto", "sd", "sdxl"] = "auto"
     eta: Fraction | None = None
-    window: tuple[Fraction, Fraction] | None = None
+    window: Window | None = None
 
     name: ClassVar[str] = "easyinv"
     paper: ClassVar[str] = "arXiv 2408.05159"
