@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_without_iterations_it_is_ddim_bit_for_bit() -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_every_two_iterations_win_at_least_a_factor_of_four(prediction_type: str) -> None:
     errors = [round_trip(n, prediction_type=prediction_type) for n in (0, 2, 4, 6, 8)]
-    assert all(after < before / 4 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after < before / 4 for before, after in pairwise(errors))
 
 
 def test_it_converges_to_the_exact_inverse() -> None:
