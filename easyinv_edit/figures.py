@@ -36,6 +36,18 @@ def strip(pictures: Sequence[Image.Image], labels: Sequence[str] | None = None, 
     return row
 
 
+def stack(rows: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other on white, left-aligned. Raises ImageError for none."""
+    if not rows:
+        raise ImageError("stack: no pictures; give at least one")
+    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        page.paste(row.convert("RGB"), (0, top))
+        top += row.height
+    return page
+
+
 def _scaled(picture: Image.Image, height: int) -> Image.Image:
     """The picture at that height; a small one magnified by a whole number keeps its pixels visible as squares."""
     size = max(1, round(picture.width * height / picture.height)), height

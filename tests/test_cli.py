@@ -217,20 +217,21 @@ def test_doctor_finds_the_embedded_model() -> None:
 
 @pytest.mark.usefixtures("embedded")
 def test_demo(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps instead of fifty: what is written and printed, not how good it looks."""
+    """Eight steps instead of fifty: what is written and printed, not how good it looks."""
     whole: Callable[..., Any] = EditPipeline.__call__
     quick = {"num_inference_steps": 8}
     monkeypatch.setattr(EditPipeline, "__call__", lambda pipe, *given, **options: whole(pipe, *given, **{**options, **quick}))
     code, printed, errors = command("demo", "-o", str(tmp_path / "demo"), "--json")
     assert (code, errors) == (0, "")
     rows = json.loads(printed)["rows"]
-    assert len(rows) >= 4
+    assert len(rows) == 6
     keys = {"source", "prompt", "method", "psnr", "sampled_back", "evaluations", "seconds"}
     assert all(row.keys() == keys for row in rows)
     assert {row["method"] for row in rows} == {"easyinv", "ddim"}
-    folders = list((tmp_path / "demo").iterdir())
-    assert len(folders) == len(rows)
+    folders = [path for path in (tmp_path / "demo").iterdir() if path.is_dir()]
+    assert {folder.name for folder in folders} == {f"{row['source']}-{row['method']}" for row in rows}
     assert all({path.name for path in folder.iterdir()} == FILES for folder in folders)
+    assert {path.name for path in (tmp_path / "demo").iterdir() if path.is_file()} == {"overview.png", "result.json"}
 
 
 def test_version_is_the_installed_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

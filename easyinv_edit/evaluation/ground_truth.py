@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "inverted, masactrl": {"control": "masactrl"},
 }
 """What is compared; keyword arguments of `EditPipeline.edit`."""
+BASELINE = "inverted, plain"
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,15 @@ class Case:
 @dataclass(frozen=True)
 class Outcome:
     """One method on one task. psnr, object_psnr: mean dB against the rendered truth, whole picture and inside the true object;
-    deviation: of object_psnr over scenes; target: share of pictures in which the judge sees the requested word; kept: the
-    same for the unnamed words."""
+    gain, spread: mean and deviation over scenes of object_psnr less that of `BASELINE` on the same scene; target: share of
+    pictures in which the judge sees the requested word; kept: the same for the unnamed words."""
 
     task: str
     method: str
     psnr: float
     object_psnr: float
-    deviation: float
+    gain: float
+    spread: float
     target: float
     kept: float
 
@@ -127,7 +129,8 @@ def run_task(
             _edit(pipe, t, c, i, guidance_scale, options) for i, (t, c) in enumerate(zip(trajectories, cases, strict=True))
         ]
         made[method] = torch.cat(edits)
-    outcomes = [_score(name, pictures, cases, truths, masks, judge) for name, pictures in made.items()]
+    inside = {name: [psnr(a, b, m) for a, b, m in zip(made[name], truths, masks, strict=True)] for name in made}
+    outcomes = [_score(name, pictures, cases, truths, inside, judge) for name, pictures in made.items()]
     rows = [sources, truths, *(made[method] for method in METHODS)]
     columns = min(len(cases), 12)
     grid = torch.cat([torch.cat(list(row[:columns]), -1) for row in rows], -2)
@@ -146,20 +149,24 @@ def _round_trip(pipe: EditPipeline, pictures: Tensor) -> Tensor:
     return (pixels.cpu() / 2 + 0.5).clamp(0, 1)
 
 
-def _score(name: str, pictures: Tensor, cases: Sequence[Case], truths: Tensor, masks: Tensor, judge: Judge) -> Outcome:
+def _score(
+    name: str, pictures: Tensor, cases: Sequence[Case], truths: Tensor, inside: dict[str, list[float]], judge: Judge
+) -> Outcome:
+    """inside: per method, the dB inside each case's true object."""
     whole = [psnr(a, b) for a, b in zip(pictures, truths, strict=True)]
-    inside = [psnr(a, b, m) for a, b, m in zip(pictures, truths, masks, strict=True)]
+    gains = [own - base for own, base in zip(inside[name], inside[BASELINE], strict=True)]
     target, kept = [], []
     for words, case in zip(judge.read(pictures), cases, strict=True):
         wanted = shown(case.truth)
         target.append(words[case.task.field] == wanted[case.task.field])
         kept += [words[field] == wanted[field] for field in case.task.kept if field in wanted]
     return Outcome(
-        cases[0].task.name,
-        name,
-        statistics.fmean(whole),
-        statistics.fmean(inside),
-        statistics.stdev(inside) if len(inside) > 1 else 0.0,
-        statistics.fmean(target),
-        statistics.fmean(kept),
+        task=cases[0].task.name,
+        method=name,
+        psnr=statistics.fmean(whole),
+        object_psnr=statistics.fmean(inside[name]),
+        gain=statistics.fmean(gains),
+        spread=statistics.stdev(gains) if len(gains) > 1 else 0.0,
+        target=statistics.fmean(target),
+        kept=statistics.fmean(kept),
     )

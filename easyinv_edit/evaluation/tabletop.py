@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -81,37 +80,36 @@ def _reconstructions(pipe: EditPipeline, count: int, steps: int) -> list[dict[st
 def text(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
     fields = list(report["samples"]["rendered"])
-    lines = ["| pictures | " + " | ".join(fields) + " |", "|---" * (len(fields) + 1) + "|"]
-    for name, row in report["samples"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[field]:.2f}" for field in fields) + " |")
-    lines += [
-        "",
-        "| inversion | dB to the autoencoder | dB to the picture | std of z_T | evaluations | seconds |",
-        "|---" * 6 + "|",
+    samples = [[name, *(f"{row[field]:.2f}" for field in fields)] for name, row in report["samples"].items()]
+    inversions = [
+        [
+            row["method"],
+            f"{row['psnr_latent_ceiling']:.1f}",
+            f"{row['psnr']:.1f}",
+            f"{row['noise_deviation']:.2f}",
+            f"{row['evaluations']:.0f}",
+            f"{row['seconds']:.2f}",
+        ]
+        for row in report["reconstructions"]
     ]
-    for row in report["reconstructions"]:
-        numbers = (row["psnr_latent_ceiling"], row["psnr"], row["noise_deviation"], row["evaluations"], row["seconds"])
-        lines.append("| {} | {:.1f} | {:.1f} | {:.2f} | {:.0f} | {:.2f} |".format(row["method"], *numbers))
-    lines += [
-        "",
-        "| edit | method | dB to the truth | dB inside the object | target word | unnamed words kept |",
-        "|---" * 6 + "|",
+    edits = [
+        [
+            row["task"],
+            row["method"],
+            f"{row['psnr']:.2f}",
+            f"{row['object_psnr']:.2f}",
+            f"{row['gain']:+.2f} ± {row['spread']:.2f}",
+            f"{row['target']:.2f}",
+            f"{row['kept']:.2f}",
+        ]
+        for row in report["edits"]
     ]
-    for row in report["edits"]:
-        spread = f"{row['object_psnr']:.2f} ± {row['deviation']:.2f}"
-        lines.append(
-            f"| {row['task']} | {row['method']} | {row['psnr']:.2f} | {spread} | {row['target']:.2f} | {row['kept']:.2f} |"
-        )
-    lines += ["", *_gains(report)]
-    return "\n".join(lines)
+    heads = ["inversion", "dB to the autoencoder", "dB to the picture", "std of z_T", "evaluations", "seconds"]
+    edit_heads = ["edit", "method", "dB to the truth", "inside the object", "gain ± spread", "target", "kept"]
+    tables = [_table(["pictures", *fields], samples), _table(heads, inversions), _table(edit_heads, edits)]
+    return "\n\n".join(tables)
 
 
-def _gains(report: dict[str, Any]) -> list[str]:
-    """Mean gains over tasks, in dB inside the object."""
-    by_method: dict[str, list[float]] = {}
-    for row in report["edits"]:
-        by_method.setdefault(row["method"], []).append(row["object_psnr"])
-    means = {method: statistics.fmean(values) for method, values in by_method.items()}
-    noise = means["inverted, plain"] - means["random noise, plain"]
-    control = means["inverted, masactrl"] - means["inverted, plain"]
-    return [f"Inside the object, mean over edits: inverted noise {noise:+.2f} dB, MasaCtrl {control:+.2f} dB more."]
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
