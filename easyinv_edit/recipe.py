@@ -80,8 +80,16 @@ class EditRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML with every key written out; `read` gives it back equal."""
-        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        return text.replace("${", "\\${")  # a prompt may hold what would else be a reference
+        return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(self)))))
+
+
+def _escaped(value: Any) -> Any:
+    """The same value with `${` made literal in every string: a prompt may hold what would else be a reference."""
+    if isinstance(value, dict):
+        return {key: _escaped(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(below) for below in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> EditRecipe:

@@ -113,7 +113,7 @@ def test_edit_starts_from_a_recipe(command: Command, photo: str, model: str, tmp
     given = ("edit", photo, "x", *QUICK, model, "-o", str(tmp_path / "out"), "--recipe", "plain", "--json")
     code, printed, _ = command(*given)
     recipe = json.loads(printed)["recipe"]
-    assert (code, recipe["control"], recipe["guidance_scale"], recipe["prompts"]) == (0, {"name": "none"}, 5.0, ["x"])
+    assert (code, recipe["control"], recipe["guidance_scale"], recipe["prompts"]) == (0, {"name": "none"}, 3.0, ["x"])
     assert recipe["image"] == photo
 
 

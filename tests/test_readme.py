@@ -15,8 +15,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize(("name", "method"), [*INVERSIONS.items(), *CONTROLLERS.items()])
 def test_every_method_has_its_row_with_its_paper(name: str, method: type) -> None:
     rows = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
-    assert len(rows) == 1
-    assert method.paper in rows[0]  # type: ignore[attr-defined]
+    assert sum(f"| {method.paper} |" in row for row in rows) == 1  # type: ignore[attr-defined]
 
 
 def test_pictures_exist() -> None:

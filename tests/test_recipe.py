@@ -69,7 +69,7 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_is_for(path: Path) -> None:
     assert re.fullmatch(r"# .{20,}\((arXiv \d{4}\.\d{5}(, )?)+\)", header)
     assert recipe.output == f"outputs/{path.stem}"
     assert recipe.model == "embedded"
-    assert recipe.guidance_scale == (7.5 if path.stem == "official-notebook" else 5)
+    assert recipe.guidance_scale == (7.5 if path.stem == "official-notebook" else 3)
     assert parse(recipe.to_yaml()) == recipe
 
 
