@@ -44,8 +44,9 @@ Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Te
 class EditPipeline:
     """Inverts real images and edits them with text. Holds a backbone and nothing that changes from edit to edit."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Any, name: str = "") -> None:
         self.backbone = backbone
+        self.name = name or str(backbone.identity()["name"])
         self._bar: dict[str, Any] = {}
 
     @classmethod
@@ -66,7 +67,7 @@ class EditPipeline:
         """
         folder = embedded_folder() if str(model) == "embedded" else model
         pipe = load_pipeline(str(folder), dtype=dtype or torch.float32, **options)
-        return cls.from_pipe(pipe if device is None else pipe.to(device))
+        return cls(wrap(pipe if device is None else pipe.to(device)), str(model))
 
     @classmethod
     def from_pipe(cls, pipe: Any) -> EditPipeline:
@@ -118,7 +119,7 @@ class EditPipeline:
 
             trajectory = chosen.invert(denoiser, z0, on_level)
         source = images.to_uint8(images.to_tensor(picture))[0]
-        identity = self.backbone.identity()
+        identity = {**self.backbone.identity(), "name": self.name}
         return replace(trajectory, prompt=prompt, model=identity, source=source, fit=record.as_dict(), cost=cost)
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class EditPipeline:
                 after_step=after_step,
             )
         recipe = {
-            "model": self.backbone.identity()["name"],
+            "model": self.name,
             "source_prompt": trajectory.prompt,
             "prompts": prompts,
             "negative_prompt": negative_prompt,
@@ -252,12 +253,9 @@ class EditPipeline:
             raise InputError(f"noise_mix is {noise_mix}; it is a share between 0 (inverted noise) and 1 (fresh noise)")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {output_type!r}; choose {', '.join(OUTPUT_TYPES)}")
-        mine = self.backbone.identity()
-        if trajectory.model and not same_model(trajectory.model, mine):
-            raise TrajectoryError(
-                f"the inversion was made by {trajectory.model.get('name') or 'another model'}, not by "
-                f"{mine['name'] or 'this one'}; invert the image again with this model"
-            )
+        if trajectory.model and not same_model(trajectory.model, self.backbone.identity()):
+            theirs, mine = trajectory.model.get("name") or "another model", self.name or "this one"
+            raise TrajectoryError(f"the inversion was made by {theirs}, not by {mine}; invert the image again with this model")
         if self.backbone.schedule(len(trajectory.schedule)) != trajectory.schedule:
             raise TrajectoryError("the inversion was made on another noise schedule; invert the image again")
 
