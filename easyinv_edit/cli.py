@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from easyinv_edit import cli_tabletop as tabletop
 from easyinv_edit import terminal
+from easyinv_edit.terminal import Debug, Json, Quiet, config_file, shipped
 
 if TYPE_CHECKING:
     from easyinv_edit.recipe import EditRecipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
-tabletop_app = typer.Typer(no_args_is_help=True, help="The tabletop world and the embedded model.")
 app.add_typer(recipes_app, name="recipes")
-app.add_typer(tabletop_app, name="tabletop")
+app.add_typer(tabletop.app, name="tabletop")
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no text, only errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, e.g. guidance_scale=5.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pictures and result.json.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a name from `recipes list`.")]
@@ -145,7 +143,7 @@ def doctor(json_: Json = False, debug: Debug = False) -> None:
 @recipes_app.command("list")
 def recipes_list(json_: Json = False, debug: Debug = False) -> None:
     """The recipes that come with this package."""
-    found = {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in _shipped()}
+    found = {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in shipped()}
     typer.echo(json.dumps(found, indent=2) if json_ else "\n".join(f"{name:24} {first}" for name, first in found.items()))
 
 
@@ -169,58 +167,6 @@ def recipes_check(names: list[str], debug: Debug = False) -> None:
     if found:
         raise RecipeError(found)
     typer.echo(f"{len(names)} recipe{'s' if len(names) > 1 else ''}: no problems")
-
-
-@tabletop_app.command("render")
-def tabletop_render(
-    seeds: Annotated[list[int], typer.Argument(help="Scene seeds.")],
-    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/scenes",
-    size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 128,
-    debug: Debug = False,
-) -> None:
-    """Render scenes to PNG files and print their captions."""
-    from easyinv_edit.images import save_png, to_pil
-    from easyinv_edit.tabletop.captions import caption
-    from easyinv_edit.tabletop.render import render
-    from easyinv_edit.tabletop.scene import random_scene
-
-    for seed in seeds:
-        scene = random_scene(seed)
-        path = Path(output) / f"scene-{seed}.png"
-        save_png(to_pil(render([scene], size)[0] * 2 - 1)[0], path)
-        typer.echo(f"{path}: {caption(scene)}")
-
-
-@tabletop_app.command("train")
-def tabletop_train(
-    recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    debug: Debug = False,
-) -> None:
-    """Train the embedded model from scratch, or resume."""
-    terminal.settle(True)
-    from easyinv_edit.running import resolve_device
-    from easyinv_edit.tabletop.training import read_training_recipe, train
-
-    train(read_training_recipe(_config("tabletop", recipe)), Path(output), resolve_device(device), report=typer.echo)
-
-
-@tabletop_app.command("evaluate")
-def tabletop_evaluate(
-    model: Annotated[str, typer.Option(help="A model folder or 'embedded'.")] = "embedded",
-    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
-    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    json_: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a model: samples judged, reconstructions, and edits whose true result is rendered."""
-    terminal.settle(True)
-    from easyinv_edit.evaluation import tabletop
-
-    report = tabletop.evaluate(model, Path(output), scenes, steps, report=lambda text: typer.echo(text, err=True))
-    terminal.show(report, False, json_, tabletop.text)
 
 
 def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
@@ -260,20 +206,7 @@ def _recipe(name: str | None, overrides: list[str] | None, values: dict[str, Any
 
     if name is None:
         return recipe.parse("", "recipe", overrides or (), values)
-    return recipe.read(_config("recipes", name), overrides or (), values)
-
-
-def _shipped(group: str = "recipes") -> list[Path]:
-    """The YAML files that come with this package: installed inside it, in a checkout beside it."""
-    here = Path(__file__).parent
-    homes = (here / "configs" / group, here.parent / "configs" / group)
-    return sorted(next((home for home in homes if home.is_dir()), homes[0]).glob("*.yaml"))
-
-
-def _config(group: str, name: str) -> Path:
-    """A file as it is, or the shipped one of that name."""
-    shipped = {path.stem: path for path in _shipped(group)}
-    return shipped[name] if name in shipped and not Path(name).exists() else Path(name)
+    return recipe.read(config_file("recipes", name), overrides or (), values)
 
 
 INVERSION_KEYS = ("image", "source_prompt", "num_inference_steps", "inversion", "inversion_guidance_scale", "size", "fit")

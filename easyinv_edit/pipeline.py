@@ -26,7 +26,7 @@ from easyinv_edit import images
 from easyinv_edit.backbones import load_pipeline, wrap
 from easyinv_edit.backbones.sd import same_model
 from easyinv_edit.choices import build, describe
-from easyinv_edit.cost import measured
+from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import InputError, TrajectoryError
 from easyinv_edit.images import ImageInput
@@ -158,37 +158,14 @@ class EditPipeline:
         own_scale = trajectory.guidance_scale if source_guidance_scale is None else source_guidance_scale
         guidance = (own_scale, *(guidance_scale for _ in prompts))
         denoiser = self._denoiser([trajectory.prompt, *prompts], guidance, negative_prompt, trajectory.schedule)
-        steps, start = len(trajectory.schedule), self._start(trajectory, len(prompts), noise_mix, generator)
-        with (
-            controlled(self.backbone.network, chosen, num_steps=steps, latent_size=_sides(start)) as session,
-            self._progress("editing", steps) as advance,
-            measured(self.backbone.network) as cost,
-        ):
-
-            def after_step(level: int, z: Tensor) -> Tensor:
-                advance()
-                if callback_on_step_end is None:
-                    return z
-                label = trajectory.schedule.timesteps[level + 1]
-                changed = callback_on_step_end(self, steps - level - 1, label, {"latents": z})
-                return z if changed is None else changed.get("latents", z)
-
-            z = sample(
-                with_source_twin(denoiser, any(session.reads_source(step) for step in range(steps))),
-                start,
-                pin=trajectory if pin_source else None,
-                reads_source=session.reads_source,
-                control=lambda step, batch: session.step(step, streams_of(batch)),
-                after_step=after_step,
-            )
+        start = self._start(trajectory, len(prompts), noise_mix, generator)
+        pin = trajectory if pin_source else None
+        z, cost = self._sample(denoiser, start, chosen, pin, callback_on_step_end)
         recipe = {
             "model": self.name,
-            "source_prompt": trajectory.prompt,
+            **_recipe_of(trajectory),
             "prompts": prompts,
             "negative_prompt": negative_prompt,
-            "num_inference_steps": steps,
-            "inversion": {"name": trajectory.method, **trajectory.settings},
-            "inversion_guidance_scale": trajectory.guidance_scale,
             "control": describe(chosen),
             "guidance_scale": guidance_scale,
             "source_guidance_scale": source_guidance_scale,
@@ -196,7 +173,6 @@ class EditPipeline:
             "noise_mix": noise_mix,
             "seed": None if generator is None else generator.initial_seed(),
             "size": [side * self.backbone.downscale for side in _sides(start)],
-            "fit": (trajectory.fit or {}).get("policy", "crop"),
         }
         costs = {"invert": trajectory.cost, "edit": cost}
         return finish(
@@ -268,6 +244,34 @@ class EditPipeline:
             own = (1 - noise_mix**2) ** 0.5 * own + noise_mix * fresh
         return torch.cat([noise, own])
 
+    def _sample(
+        self, denoiser: Denoiser, start: Tensor, control: Controller, pin: Trajectory | None, callback: Callback | None
+    ) -> tuple[Tensor, Cost]:
+        """Run the loop from `start` under control; returns the latents of level 0, the source first, and what it cost."""
+        schedule, steps = denoiser.schedule, len(denoiser.schedule)
+        with (
+            controlled(self.backbone.network, control, num_steps=steps, latent_size=_sides(start)) as session,
+            self._progress("editing", steps) as advance,
+            measured(self.backbone.network) as cost,
+        ):
+
+            def after_step(level: int, z: Tensor) -> Tensor:
+                advance()
+                if callback is None:
+                    return z
+                changed = callback(self, steps - level - 1, schedule.timesteps[level + 1], {"latents": z})
+                return z if changed is None else changed.get("latents", z)
+
+            z = sample(
+                with_source_twin(denoiser, any(session.reads_source(step) for step in range(steps))),
+                start,
+                pin=pin,
+                reads_source=session.reads_source,
+                control=lambda step, batch: session.step(step, streams_of(batch)),
+                after_step=after_step,
+            )
+        return z, cost
+
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], Any]]:
         with tqdm(**{"total": total, "desc": what, "leave": False, **self._bar}) as bar:
@@ -277,6 +281,17 @@ class EditPipeline:
 def embedded_folder() -> Path:
     """Where the embedded model lies: an ordinary diffusers folder."""
     return Path(str(files("easyinv_edit") / "tabletop" / "weights"))
+
+
+def _recipe_of(trajectory: Trajectory) -> dict[str, Any]:
+    """What an inversion contributes to the recipe of an edit."""
+    return {
+        "source_prompt": trajectory.prompt,
+        "num_inference_steps": len(trajectory.schedule),
+        "inversion": {"name": trajectory.method, **trajectory.settings},
+        "inversion_guidance_scale": trajectory.guidance_scale,
+        "fit": (trajectory.fit or {}).get("policy", "crop"),
+    }
 
 
 def _positive_steps(steps: int) -> int:

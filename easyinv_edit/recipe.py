@@ -24,6 +24,7 @@ from attention_control import CONTROLLERS
 from easyinv_edit.choices import nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.inversion import INVERSIONS
+from easyinv_edit.places import Places, leaves, places_of
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
 
@@ -35,8 +36,6 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-Places = Mapping[tuple[str, ...], tuple[int, int]]
-"""Line and column, from 1, of every key path of a file."""
 Steps = Annotated[int, BeforeValidator(_no_switch), Field(ge=1, le=1000)]
 Scale = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=100)]
 Share = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=1)]
@@ -111,7 +110,7 @@ def parse(
     overrides: `key=value` or `group.key=value`, read as YAML; values: keys set as they are, over everything else. Raises
     RecipeError with every problem, in the file's order.
     """
-    places, found = _places(text, name)
+    places, found = places_of(text, name)
     _refuse(found)
     content, found = _merged(text, name, places, overrides)
     _refuse(found)
@@ -137,7 +136,7 @@ def _one_line(text: str) -> str:
 
 def _merged(text: str, name: str, places: Places, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The file and the overrides as one mapping with references resolved, or what keeps them from being read."""
-    found = [f"{_at(name, key, places)}: {NO_RESOLVERS}" for key, value in _leaves(text) if _reads_outside(value)]
+    found = [f"{_at(name, key, places)}: {NO_RESOLVERS}" for key, value in leaves(text) if _reads_outside(value)]
     found += [problem for o in overrides if (problem := _unreadable(o))]
     if found:
         return {}, found
@@ -227,63 +226,6 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     except ValidationError as error:
         return [((key,), text.removeprefix(f"{key}: ")) for key, text in problems(error, registry[name])]
     return []
-
-
-def _places(text: str, name: str) -> tuple[Places, list[str]]:
-    """Line and column, from 1, of every key path; and whatever keeps the text from being a mapping of plain keys."""
-    try:
-        aliases = [token.start_mark for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        places: dict[tuple[str, ...], tuple[int, int]] = {}
-        found = [f"{_mark(name, mark)}: YAML aliases are not allowed; refer to another key as ${{key}}" for mark in aliases]
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            found.append(f"{name}:1:1: a recipe is a mapping of keys, e.g. 'prompts: [a red cube]'")
-        if root is not None and not found:
-            found += _walk(root, (), places, name)
-        if not found:
-            yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        return {}, [f"{_mark(name, mark) if mark else name}: not valid YAML: {error.problem}"]
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        return {}, [f"{name}: not valid YAML: {str(error).splitlines()[0]}"]
-    return places, found
-
-
-def _walk(node: Any, path: tuple[str, ...], places: dict[tuple[str, ...], tuple[int, int]], name: str) -> list[str]:
-    """Fill `places` below a YAML node; returns what is wrong with its keys."""
-    found = []
-    children = [(item, str(i), item) for i, item in enumerate(node.value)] if isinstance(node, yaml.SequenceNode) else []
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        below = (*path, str(key.value))
-        if key.tag != "tag:yaml.org,2002:str":
-            found.append(f"{_mark(name, key.start_mark)}: a key must be a word; put it in quotes if it is one")
-        elif below in places:
-            found.append(f"{_mark(name, key.start_mark)}: {'.'.join(below)}: written twice; keep one")
-        else:
-            children.append((key, str(key.value), value))
-            places[below] = (key.start_mark.line + 1, key.start_mark.column + 1)
-    for key, word, value in children:
-        places[*path, word] = (key.start_mark.line + 1, key.start_mark.column + 1)
-        found += _walk(value, (*path, word), places, name)
-    return found
-
-
-def _mark(name: str, mark: Any) -> str:
-    return f"{name}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _leaves(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """(key path, text) of every scalar value."""
-
-    def walk(value: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]]:
-        if isinstance(value, dict):
-            return [leaf for key, below in value.items() for leaf in walk(below, (*path, str(key)))]
-        if isinstance(value, list):
-            return [leaf for i, below in enumerate(value) for leaf in walk(below, (*path, str(i)))]
-        return [(path, str(value))]
-
-    return walk(yaml.safe_load(text) or {}, ())
 
 
 def _reads_outside(value: str) -> bool:

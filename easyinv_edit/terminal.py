@@ -8,9 +8,26 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no text, only errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def shipped(group: str = "recipes") -> list[Path]:
+    """The YAML files that come with this package: installed inside it, in a checkout beside it."""
+    here = Path(__file__).parent
+    homes = (here / "configs" / group, here.parent / "configs" / group)
+    return sorted(next((home for home in homes if home.is_dir()), homes[0]).glob("*.yaml"))
+
+
+def config_file(group: str, name: str) -> Path:
+    """A file as it is, or the shipped one of that name."""
+    found = {path.stem: path for path in shipped(group)}
+    return found[name] if name in found and not Path(name).exists() else Path(name)
 
 
 def require_writable(folder: Path) -> None:

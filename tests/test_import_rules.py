@@ -21,7 +21,7 @@ CORE_FILES = tuple(f"easyinv_edit/{name}.py" for name in CORE)
 CORE_MODULES = tuple(f"easyinv_edit.{name}" for name in CORE)
 MODEL_ROOMS = ("easyinv_edit/backbones/*", "easyinv_edit/tabletop/*")
 LOGGERS = ("diffusers.utils", "transformers.utils")
-RECIPE_FILES = ("easyinv_edit/recipe.py", "easyinv_edit/tabletop/training.py")
+RECIPE_FILES = ("easyinv_edit/recipe.py", "easyinv_edit/places.py", "easyinv_edit/tabletop/training.py")
 CONTROL_USERS = (
     "easyinv_edit/pipeline.py",
     "easyinv_edit/rows.py",

@@ -1,0 +1,67 @@
+"""`easyinv-edit tabletop`: render scenes, train the embedded model, measure it. Imports nothing heavy at the top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from easyinv_edit import terminal
+from easyinv_edit.terminal import Debug, Json
+
+app = typer.Typer(no_args_is_help=True, help="The tabletop world and the embedded model.")
+
+
+@app.command("render")
+def render_scenes(
+    seeds: Annotated[list[int], typer.Argument(help="Scene seeds.")],
+    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/scenes",
+    size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 128,
+    debug: Debug = False,
+) -> None:
+    """Render scenes to PNG files and print their captions."""
+    from easyinv_edit.images import save_png, to_pil
+    from easyinv_edit.tabletop.captions import caption
+    from easyinv_edit.tabletop.render import render
+    from easyinv_edit.tabletop.scene import random_scene
+
+    for seed in seeds:
+        scene = random_scene(seed)
+        path = Path(output) / f"scene-{seed}.png"
+        save_png(to_pil(render([scene], size)[0] * 2 - 1)[0], path)
+        typer.echo(f"{path}: {caption(scene)}")
+
+
+@app.command("train")
+def train_model(
+    recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Train the embedded model from scratch, or resume."""
+    terminal.settle(True)
+    from easyinv_edit.running import resolve_device
+    from easyinv_edit.tabletop.training import read_training_recipe, train
+
+    train(
+        read_training_recipe(terminal.config_file("tabletop", recipe)), Path(output), resolve_device(device), report=typer.echo
+    )
+
+
+@app.command("evaluate")
+def evaluate_model(
+    model: Annotated[str, typer.Option(help="A model folder or 'embedded'.")] = "embedded",
+    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model: samples judged, reconstructions, and edits whose true result is rendered."""
+    terminal.settle(True)
+    from easyinv_edit.evaluation import tabletop
+
+    report = tabletop.evaluate(model, Path(output), scenes, steps, report=lambda text: typer.echo(text, err=True))
+    terminal.show(report, False, json_, tabletop.text)
