@@ -15,6 +15,12 @@ from tests.helpers import Command
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from a second thread, and on a busy machine two threads wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def quiet_libraries() -> None:
     """No bars and no notices of other libraries in test output."""
     from diffusers.utils import logging as diffusers_logging

@@ -11,7 +11,7 @@ from torch import Tensor
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB of pictures (..., H, W) in [0, 1]; inf where they are equal.
 
-    mask: broadcastable, nonzero where pixels count; nan where it is empty.
+    mask: broadcastable, pixels count where it is above 0.5; nan where it is empty.
     """
     error = (a.cpu().double() - b.cpu().double()).square()
     if mask is not None:

@@ -42,6 +42,7 @@ def sample_back(pipe: EditPipeline, trajectory: Trajectory) -> torch.Tensor:
     return pipe.backbone.decode(sample(denoiser, trajectory.noise.to(pipe.backbone.device)))
 
 
+@torch.no_grad()
 def reconstruct(
     pipe: EditPipeline, pictures: Sequence[Image.Image], prompts: Sequence[str], method: str, num_inference_steps: int = 50
 ) -> Reconstruction:

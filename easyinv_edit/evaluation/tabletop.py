@@ -65,7 +65,8 @@ def _samples(pipe: EditPipeline, judge: judging.Judge, count: int, folder: Path)
         options = {"num_inference_steps": 25, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
         pictures = stock([caption(scene) for scene in scenes], **options).images.float().cpu()
         result[f"guidance {scale:g}"] = judging.accuracy(judge, pictures, scenes)
-        rows = [torch.cat(list(row), -1) for row in pictures[: count // 8 * 8][:32].split(8)]
+        columns = min(count, 8)
+        rows = [torch.cat(list(row), -1) for row in pictures[: count // columns * columns][:32].split(columns)]
         save_png(to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0], folder / f"samples-g{scale:g}.png")
     return result
 

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
@@ -36,13 +36,13 @@ class Fit:
     rate; warmup: steps; constant_until: progress at which the cosine tail begins; ema: upper bound of the averaging decay.
     """
 
-    samples: int
-    minutes: float | None = None
-    batch: int = 32
-    rate: float = 1e-3
+    samples: PositiveInt
+    minutes: PositiveFloat | None = None
+    batch: PositiveInt = 32
+    rate: PositiveFloat = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
-    warmup: int = 300
-    constant_until: float = 0.4
+    warmup: PositiveInt = 300
+    constant_until: Annotated[float, Field(ge=0, lt=1)] = 0.4
     ema: float = 0.9995
     clip: float = 1.0
     seed: int = 0

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -109,7 +109,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def use_plain_attention(*models: AutoencoderKL | UNet2DConditionModel) -> None:
-    """Softmax attention for training; see `build_unet`. `build_pipeline` puts diffusers' default back."""
+    """Softmax attention for training; see `build_unet`. `build_pipeline` puts back the fused one of a loaded model."""
     for model in models:
         model.set_attn_processor(AttnProcessor())
 
@@ -131,8 +131,8 @@ def build_pipeline(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
     """The parts as one stock StableDiffusionPipeline. It has no safety checker: it can only draw solids on a table."""
-    vae.set_default_attn_processor()
-    unet.set_default_attn_processor()
+    for model in (vae, unet):  # diffusers' `set_default_attn_processor` would set the plain one
+        model.set_attn_processor(AttnProcessor2_0())
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

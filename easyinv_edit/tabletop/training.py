@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +27,8 @@ from easyinv_edit.tabletop.scene import Scene, random_scene
 
 HELD_OUT = 10_000_000
 """Seeds from here on are never trained on."""
+TESTED = 512
+"""How many held-out pictures the gate and the judge's figures are measured on."""
 Report = Callable[[str], None]
 
 
@@ -35,7 +37,7 @@ class TrainingRecipe:
     """scenes: how many pictures to render and train on (seeds 0 .. scenes - 1); gate: least PSNR in dB inside held-out objects
     that the autoencoder must reach before the UNet is trained; autoencoder, unet, judge: how long and how fast, see `Fit`."""
 
-    scenes: int
+    scenes: PositiveInt
     gate: float
     autoencoder: Fit
     unet: Fit
@@ -47,7 +49,7 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return TypeAdapter(TrainingRecipe).validate_python(content)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
     except ValidationError as error:
         items = error.errors(include_url=False)
@@ -132,7 +134,7 @@ def _autoencoder(
     vae = networks.build_autoencoder().to(device)
     record = autoencoder.train(vae, pictures, masks, recipe.autoencoder, folder)
     vae.eval()
-    test, test_masks = _render_bytes(range(HELD_OUT, HELD_OUT + 512), device)
+    test, test_masks = _render_bytes(range(HELD_OUT, HELD_OUT + TESTED), device)
     record |= autoencoder.gate(vae, test, test_masks)
     if record["object_psnr"] < recipe.gate:
         raise EasyInvError(
@@ -140,7 +142,7 @@ def _autoencoder(
             "train it longer"
         )
     record["whitening"] = autoencoder.whiten(vae, pictures[:2048])
-    scenes = held_out(512)
+    scenes = held_out(TESTED)
     record["judged_pictures"] = judge.accuracy(critic, test.float() / 255, scenes)
     record["judged_round_trip"] = judge.accuracy(critic, autoencoder.round_trip(vae, test), scenes)
     return vae, record

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from easyinv_edit.tabletop import autoencoder, judge, networks
@@ -20,15 +21,21 @@ def bytes_and_masks() -> tuple[Tensor, Tensor]:
     return (pictures * 255).round().byte(), (masks * 255).round().byte()
 
 
+@torch.no_grad()
+def posterior_deviation(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    return vae.encode(autoencoder.to_model_range(pictures)).latent_dist.std
+
+
 def test_whitening_changes_the_latents_and_not_the_pictures(bytes_and_masks: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     vae = networks.build_autoencoder().eval()
-    before = autoencoder.round_trip(vae, bytes_and_masks[0])
-    autoencoder.whiten(vae, bytes_and_masks[0])
+    before, noise = autoencoder.round_trip(vae, bytes_and_masks[0]), posterior_deviation(vae, bytes_and_masks[0])
+    old = torch.tensor(autoencoder.whiten(vae, bytes_and_masks[0])["deviation"])
     latents = autoencoder.encode(vae, bytes_and_masks[0])
     assert (autoencoder.round_trip(vae, bytes_and_masks[0]) - before).abs().max() < 1e-4
     assert latents.mean((0, 2, 3)).abs().max() < 1e-3
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    torch.testing.assert_close(posterior_deviation(vae, bytes_and_masks[0]) * old[:, None, None], noise, rtol=1e-3, atol=0)
 
 
 def test_the_gate_tells_the_object_from_the_background(
@@ -76,6 +83,16 @@ def test_accuracy_is_the_share_of_right_words() -> None:
     shares = judge.accuracy(reader, torch.zeros(4, 3, 8, 8), [scene, scene, replace(scene, colour="blue"), scene])
     assert shares["colour"] == 0.75
     assert shares["shape"] == shares["second"] == 1.0
+
+
+def test_accuracy_leaves_out_words_that_cannot_be_seen() -> None:
+    scene = Scene("ball", "plain", "red", "white")
+    reader: Any = _Reader(replace(scene, second="black", pose="tilted"))
+    assert judge.accuracy(reader, torch.zeros(1, 3, 8, 8), [scene]).keys() == WORDS.keys() - {"second", "pose"}
+    cube = replace(scene, shape="cube")
+    shares = judge.accuracy(reader, torch.zeros(2, 3, 8, 8), [scene, cube])
+    assert shares["pose"] == 0.0
+    assert shares["shape"] == 0.5
 
 
 def test_a_saved_judge_reads_the_same(tmp_path: Path, bytes_and_masks: tuple[Tensor, Tensor]) -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from easyinv_edit.tabletop import fitting
 from easyinv_edit.tabletop.fitting import Fit, Loss, fit
 
 SHORT = Fit(samples=60, batch=4, rate=1e-2, warmup=3, seed=5)
+
+
+class Interrupted(Exception):
+    """Stands for a killed process; KeyboardInterrupt would end pytest itself."""
 
 
 def line() -> nn.Linear:
@@ -27,7 +32,7 @@ def loss_of(model: nn.Module, fail_at: int | None = None) -> Loss:
     def loss(generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
         seen[0] += 1
         if seen[0] == fail_at:
-            raise KeyboardInterrupt
+            raise Interrupted
         x = torch.randn(4, 4, generator=generator)
         return (model(x) - x.sum(-1, keepdim=True)).square().mean(), {"progress": progress}
 
@@ -54,12 +59,40 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path: Path, mon
     whole, broken = line(), line()
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     fit("net", whole, loss_of(whole), SHORT, tmp_path / "a")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         fit("net", broken, loss_of(broken, fail_at=8), SHORT, tmp_path / "b")
-    resumed = line()
-    record = fit("net", resumed, loss_of(resumed), SHORT, tmp_path / "b")
-    assert record["samples"] == 60
+    resumed = nn.Linear(4, 1)  # other weights than `line`: what it ends with can only come from the checkpoint
+    record = fit("net", resumed, loss_of(resumed, fail_at=9), SHORT, tmp_path / "b")
+    assert (record["step"], record["samples"]) == (15, 60)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"samples": 0}, {"minutes": 0}, {"batch": 0}, {"rate": 0}, {"warmup": 0}, {"constant_until": 1}]
+)
+def test_a_setting_that_divides_by_zero_is_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        Fit(**{"samples": 1, **setting})
+
+
+def test_every_step_and_every_seed_draws_afresh(tmp_path: Path) -> None:
+    drawn: list[float] = []
+    for seed in (5, 6):
+        model = line()
+
+        def loss(generator: torch.Generator, _progress: float, model: nn.Module = model) -> tuple[Tensor, dict[str, float]]:
+            drawn.append(torch.rand((), generator=generator).item())
+            return model(torch.ones(1, 4)).sum(), {}
+
+        fit(f"net{seed}", model, loss, Fit(samples=20, batch=4, seed=seed), tmp_path)
+    assert len(set(drawn)) == len(drawn) == 10
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    model, again = line(), line()
+    first = fit("net", model, loss_of(model), SHORT, tmp_path)
+    assert fit("net", again, loss_of(again, fail_at=1), SHORT, tmp_path) == first
+    assert torch.equal(model.weight, again.weight)
 
 
 def test_it_learns_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,4 +119,14 @@ def test_on_save_sees_the_averaged_weights_and_training_goes_on_from_its_own(
     fit("net", plain, loss_of(plain), SHORT, tmp_path / "a")
     fit("net", watched, loss_of(watched), SHORT, tmp_path / "b", lambda step: seen.append(watched.weight.detach().clone()))
     assert torch.equal(plain.weight, watched.weight)
+    assert len(seen) == 16
     assert torch.equal(seen[-1], watched.weight)
+
+
+def test_the_first_average_is_a_twentieth_of_the_way(tmp_path: Path) -> None:
+    """Decay 1/20 after the first step: what is left in the model is 0.05 start + 0.95 stepped, not the stepped weights."""
+    model, start = line(), line().weight.detach()
+    fit("net", model, loss_of(model), Fit(samples=4, batch=4, rate=1e-2, warmup=1), tmp_path)
+    stepped = torch.load(tmp_path / "net.checkpoint", weights_only=True)["model"]["weight"]
+    assert not torch.equal(model.weight, stepped)
+    torch.testing.assert_close(model.weight, start.lerp(stepped, 1 - 1 / 20))
