@@ -55,7 +55,7 @@ def evaluate_model(
     model: Annotated[str, typer.Option(help="A model folder or 'embedded'.")] = "embedded",
     output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of every sampling, T.")] = 25,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
