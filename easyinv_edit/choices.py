@@ -66,6 +66,10 @@ def nearest(word: Any, allowed: Any) -> str:
 
 
 def describe(method: Any) -> dict[str, Any]:
-    """A method as the mapping a recipe would hold: its name and fields."""
-    name = getattr(method, "name", type(method).__name__)
-    return {"name": name, **(dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {})}  # type: ignore[arg-type]
+    """A method as the mapping a recipe would hold: its name and fields, those of a method within it likewise."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    content = {f.name: getattr(method, f.name) for f in fields}
+    return {
+        "name": getattr(method, "name", type(method).__name__),
+        **{key: describe(value) if dataclasses.is_dataclass(value) else value for key, value in content.items()},
+    }

@@ -30,6 +30,13 @@ class Conditioning:
         index = list(rows)
         return replace(self, **{name: part[index] for name, part in self._parts().items()})
 
+    def toward(self, other: Conditioning, share: float) -> Conditioning:
+        """The linear blend of both, row by row: 0 is this one, 1 the other, both bit for bit."""
+        if share in (0, 1):
+            return other if share else self
+        theirs = other._parts()
+        return replace(self, **{name: torch.lerp(part, theirs[name], share) for name, part in self._parts().items()})
+
     def equals(self, other: Conditioning) -> bool:
         """Whether both condition the network identically, bit for bit."""
         mine, theirs = self._parts(), other._parts()

@@ -6,7 +6,7 @@ per row; a row without guidance costs one evaluation, not two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -17,6 +17,8 @@ from easyinv_edit.conditioning import Conditioning, concatenate
 from easyinv_edit.schedule import NoiseSchedule
 
 Half = Literal["unconditional", "conditional"]
+Direction = Callable[[Tensor], Tensor]
+"""Guidance direction of one row (C, H, W), conditional minus unconditional output -> the one to follow instead."""
 
 
 class Backbone(Protocol):
@@ -64,7 +66,8 @@ class Denoiser:
 
     conditioning: one row per latent row; negative: the same, what guidance moves away from (None: no row may be guided);
     guidance: a scale per row, `unconditional + scale * (conditional - unconditional)`, 1 being the plain conditional model;
-    twins: which rows are also evaluated unconditionally. By default those whose scale is not 1; a controller may want more.
+    twins: which rows are also evaluated unconditionally. By default those whose scale is not 1; a controller may want more;
+    directions: per row, what is done with its guidance direction before it is scaled, None leaving it alone.
     Cost of a call: one evaluation per row and one per twin.
     """
 
@@ -74,6 +77,7 @@ class Denoiser:
     guidance: tuple[float, ...]
     negative: Conditioning | None = None
     twins: tuple[bool, ...] | None = None
+    directions: tuple[Direction | None, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = self.conditioning.rows
@@ -85,6 +89,8 @@ class Denoiser:
             raise ValueError("Denoiser: a guidance scale other than 1 needs a negative conditioning")
         if self.negative is not None and self.negative.rows != rows:
             raise ValueError(f"Denoiser: {self.negative.rows} negative conditionings for {rows} rows")
+        if self.directions is not None and len(self.directions) != rows:
+            raise ValueError(f"Denoiser: {len(self.directions)} directions for {rows} rows")
 
     @property
     def has_twin(self) -> tuple[bool, ...]:
@@ -104,7 +110,9 @@ class Denoiser:
         pick = tuple(self.guidance[r] for r in rows)
         twins = None if self.twins is None else tuple(self.twins[r] for r in rows)
         negative = None if self.negative is None else self.negative.select(rows)
-        return replace(self, conditioning=self.conditioning.select(rows), guidance=pick, negative=negative, twins=twins)
+        directions = None if self.directions is None else tuple(self.directions[r] for r in rows)
+        conditioning = self.conditioning.select(rows)
+        return replace(self, conditioning=conditioning, guidance=pick, negative=negative, twins=twins, directions=directions)
 
     def __call__(self, z: Tensor, level: int) -> Tensor:
         """Guided output (rows, C, H, W) for latents z (rows, C, H, W) of `level` (1 .. T)."""
@@ -120,8 +128,14 @@ class Denoiser:
         scale = torch.tensor([self.guidance[r] for r in guided], dtype=z.dtype, device=z.device).reshape(-1, 1, 1, 1)
         unconditional = out[[place[r, "unconditional"] for r in guided]]
         result = conditional.clone()
-        result[guided] = unconditional + scale * (conditional[guided] - unconditional)
+        result[guided] = unconditional + scale * self._directed(conditional[guided] - unconditional, guided)
         return result
+
+    def _directed(self, direction: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.directions is None:
+            return direction
+        own = [self.directions[r] for r in rows]
+        return torch.stack([d if change is None else change(d) for d, change in zip(direction, own, strict=True)])
 
     def _conditioning(self, batch: Sequence[BatchRow]) -> Conditioning:
         if self.negative is None:

@@ -59,6 +59,17 @@ def finish(
     )
 
 
+def inversion_recipe(trajectory: Trajectory) -> dict[str, Any]:
+    """What an inversion contributes to the recipe of an edit."""
+    return {
+        "source_prompt": trajectory.prompt,
+        "num_inference_steps": len(trajectory.schedule),
+        "inversion": {"name": trajectory.method, **trajectory.settings},
+        "inversion_guidance_scale": trajectory.guidance_scale,
+        "fit": (trajectory.fit or {}).get("policy", "crop"),
+    }
+
+
 def _output(pixels: Tensor, trajectory: Trajectory, output_type: str) -> Any:
     """Pixels (B, 3, H, W) in [-1, 1] in the form asked for."""
     if output_type == "pt":

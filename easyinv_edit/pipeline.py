@@ -22,19 +22,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from attention_control import CONTROLLERS, Controller, controlled
-from easyinv_edit import images
+from easyinv_edit import checks
+from easyinv_edit import images as pictures
 from easyinv_edit.backbones import load_pipeline, wrap
-from easyinv_edit.backbones.sd import same_model
 from easyinv_edit.choices import build, describe
 from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Denoiser
-from easyinv_edit.errors import InputError, TrajectoryError
+from easyinv_edit.errors import InputError
 from easyinv_edit.images import ImageInput
-from easyinv_edit.inversion import INVERSIONS, InversionMethod
-from easyinv_edit.output import OUTPUT_TYPES, OutputType, finish
+from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
+from easyinv_edit.inversion.base import Generators
+from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
-from easyinv_edit.rows import streams_of, with_source_twin
-from easyinv_edit.sampling import sample
+from easyinv_edit.rows import laid_out, start_rows, streams_of
+from easyinv_edit.sampling import Sampler, sample
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -83,7 +84,6 @@ class EditPipeline:
         """Settings of the progress bars, tqdm's names; `disable=True` turns them off."""
         self._bar = config
 
-    @torch.no_grad()
     def invert(
         self,
         image: ImageInput,
@@ -95,6 +95,7 @@ class EditPipeline:
         negative_prompt: str | None = None,
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
+        generator: Generators = None,
         callback_on_step_end: Callback | None = None,
     ) -> Trajectory:
         """Turn an image into a trajectory of latents.
@@ -102,25 +103,53 @@ class EditPipeline:
         image: path, PIL picture, array (H, W, C) or tensor (C, H, W); prompt: what it shows, may be empty; method: a name of
         `INVERSIONS`, a mapping with "name" and settings, or an object; guidance_scale: 1 is right for nearly everyone;
         size: picture side or (height, width) in pixels, by default what the model was trained for; fit: how the image is
-        brought to that size; callback_on_step_end: observes, cannot change the latents. Raises ImageError or InputError on bad
-        input. Cost: the method's `evaluations(num_inference_steps)`, twice that with guidance.
+        brought to that size; generator: of the methods that draw noise; callback_on_step_end: observes, cannot change the
+        latents. Raises ImageError or InputError on bad input. Cost: the method's `evaluations(num_inference_steps)`, about
+        twice that with guidance.
+        """
+        options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        options |= {"negative_prompt": negative_prompt, "size": size, "fit": fit, "generator": generator}
+        return self.invert_batch([image], [prompt], method, callback_on_step_end=callback_on_step_end, **options)[0]
+
+    @torch.no_grad()
+    def invert_batch(
+        self,
+        images: Sequence[ImageInput],
+        prompts: Sequence[str],
+        method: str | Mapping[str, Any] | InversionMethod = "easyinv",
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        fit: Literal["crop", "pad", "stretch"] = "crop",
+        generator: Generators = None,
+        callback_on_step_end: Callback | None = None,
+    ) -> list[Trajectory]:
+        """Invert several images in one batch: faster than one by one where the device has room for it.
+
+        prompts: one per image; generator: one for all, or a list with one per image; the others are those of `invert`. The
+        trajectories are those of single inversions up to rounding, and share the cost evenly.
         """
         chosen = build(INVERSIONS, method, "inversion method")
-        picture, record = images.fit(images.load(image), self._size(size), fit)
-        schedule = self.backbone.schedule(_positive_steps(num_inference_steps))
-        denoiser = self._denoiser([prompt], (guidance_scale,), negative_prompt, schedule)
-        z0 = self.backbone.encode(images.to_tensor(picture).to(self.backbone.device))
-        with self._progress("inverting", num_inference_steps) as advance, measured(self.backbone.network) as cost:
+        checks.one_per_image(prompts, len(images), generator)
+        fitted = [pictures.fit(pictures.load(image), self._size(size), fit) for image in images]
+        pixels = torch.cat([pictures.to_tensor(picture) for picture, _ in fitted])
+        schedule = self.backbone.schedule(checks.steps(num_inference_steps))
+        denoiser = self._denoiser(prompts, (guidance_scale,) * len(prompts), negative_prompt, schedule)
+        z0 = self.backbone.encode(pixels.to(self.backbone.device))
+        visits = num_inference_steps * getattr(chosen, "passes", 1)
+        with self._progress("inverting", visits) as advance, measured(self.backbone.network) as cost:
 
             def on_level(level: int, z: Tensor) -> None:
                 advance()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, level - 1, schedule.timesteps[level], {"latents": z})
 
-            trajectory = chosen.invert(denoiser, z0, on_level)
-        source = images.to_uint8(images.to_tensor(picture))[0]
-        identity = {**self.backbone.identity(), "name": self.name}
-        return replace(trajectory, prompt=prompt, model=identity, source=source, fit=record.as_dict(), cost=cost)
+            batch = chosen.invert(denoiser, z0, on_level, generator)
+        rows = replace(batch, model={**self.backbone.identity(), "name": self.name}, cost=cost).rows()
+        facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, strict=True)
+        return [replace(row, prompt=words, source=source, fit=record.as_dict()) for row, words, source, (_, record) in facts]
 
     @torch.no_grad()
     def edit(
@@ -154,16 +183,17 @@ class EditPipeline:
         trajectory = source if isinstance(source, Trajectory) else self.invert(source)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = build(CONTROLLERS, control, "controller")
-        self._check_edit(trajectory, prompts, noise_mix, output_type)
-        own_scale = trajectory.guidance_scale if source_guidance_scale is None else source_guidance_scale
-        guidance = (own_scale, *(guidance_scale for _ in prompts))
+        checks.edit(prompts, noise_mix, output_type)
+        checks.trajectory(trajectory, self.backbone, self.name)
+        sampler = sampler_of(trajectory)
+        guidance = (_source_scale(trajectory, sampler, source_guidance_scale), *(guidance_scale for _ in prompts))
         denoiser = self._denoiser([trajectory.prompt, *prompts], guidance, negative_prompt, trajectory.schedule)
-        start = self._start(trajectory, len(prompts), noise_mix, generator)
+        start = start_rows(trajectory, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)
         pin = trajectory if pin_source else None
-        z, cost = self._sample(denoiser, start, chosen, pin, callback_on_step_end)
+        z, cost = self._sample(denoiser, start, chosen, sampler, pin, callback_on_step_end)
         recipe = {
             "model": self.name,
-            **_recipe_of(trajectory),
+            **inversion_recipe(trajectory),
             "prompts": prompts,
             "negative_prompt": negative_prompt,
             "control": describe(chosen),
@@ -179,6 +209,24 @@ class EditPipeline:
             self.backbone, trajectory, prompts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
         )
 
+    @torch.no_grad()
+    def reconstruct(
+        self, trajectory: Trajectory, *, guidance_scale: float | None = None, negative_prompt: str | None = None
+    ) -> tuple[Tensor, Cost]:
+        """Sample an inversion back alone: no pin, no control, its own prompt and its method's own sampler.
+
+        guidance_scale: by default the one the method is reconstructed at. Returns latents (1, C, H, W) of level 0 and what
+        sampling cost. Raises TrajectoryError where the trajectory belongs to another model or schedule.
+        """
+        checks.trajectory(trajectory, self.backbone, self.name)
+        sampler = sampler_of(trajectory)
+        scale = _source_scale(trajectory, sampler, guidance_scale)
+        denoiser = self._denoiser([trajectory.prompt], (scale,), negative_prompt, trajectory.schedule)
+        start = start_rows(trajectory, sampler, 0, 0.0, None).to(self.backbone.device)
+        with measured(self.backbone.network) as cost:
+            z = sample(denoiser, start, sampler=laid_out(sampler, lambda _step: False, len(trajectory.schedule)))
+        return z, cost
+
     def __call__(
         self,
         image: ImageInput,
@@ -190,9 +238,10 @@ class EditPipeline:
         inversion_guidance_scale: float = 1.0,
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
+        generator: torch.Generator | None = None,
         **edit_options: Any,
     ) -> EditResult:
-        """`invert` then `edit` in one call; edit_options are those of `edit`."""
+        """`invert` then `edit` in one call, both drawing from `generator`; edit_options are those of `edit`."""
         trajectory = self.invert(
             image,
             source_prompt,
@@ -202,8 +251,9 @@ class EditPipeline:
             negative_prompt=edit_options.get("negative_prompt"),
             size=size,
             fit=fit,
+            generator=generator,
         )
-        return self.edit(trajectory, prompt, **edit_options)
+        return self.edit(trajectory, prompt, generator=generator, **edit_options)
 
     def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         height, width = self.backbone.native_size if size is None else (size, size) if isinstance(size, int) else size
@@ -222,36 +272,20 @@ class EditPipeline:
         negative = embedded.select([len(prompts)] * len(prompts))
         return Denoiser(self.backbone, schedule, embedded.select(rows), guidance, negative)
 
-    def _check_edit(self, trajectory: Trajectory, prompts: Sequence[str], noise_mix: float, output_type: str) -> None:
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError("prompt: give a target prompt, or a list of them")
-        if not 0 <= noise_mix <= 1:
-            raise InputError(f"noise_mix is {noise_mix}; it is a share between 0 (inverted noise) and 1 (fresh noise)")
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type is {output_type!r}; choose {', '.join(OUTPUT_TYPES)}")
-        if trajectory.model and not same_model(trajectory.model, self.backbone.identity()):
-            theirs, mine = trajectory.model.get("name") or "another model", self.name or "this one"
-            raise TrajectoryError(f"the inversion was made by {theirs}, not by {mine}; invert the image again with this model")
-        if self.backbone.schedule(len(trajectory.schedule)) != trajectory.schedule:
-            raise TrajectoryError("the inversion was made on another noise schedule; invert the image again")
-
-    def _start(self, trajectory: Trajectory, targets: int, noise_mix: float, generator: torch.Generator | None) -> Tensor:
-        noise = trajectory.noise.to(self.backbone.device)
-        own = noise.repeat(targets, 1, 1, 1)
-        if noise_mix > 0:
-            on = "cpu" if generator is None else generator.device
-            fresh = torch.randn(own.shape, generator=generator, device=on, dtype=own.dtype).to(own.device)
-            own = (1 - noise_mix**2) ** 0.5 * own + noise_mix * fresh
-        return torch.cat([noise, own])
-
     def _sample(
-        self, denoiser: Denoiser, start: Tensor, control: Controller, pin: Trajectory | None, callback: Callback | None
+        self,
+        denoiser: Denoiser,
+        start: Tensor,
+        control: Controller,
+        sampler: Sampler,
+        pin: Trajectory | None,
+        callback: Callback | None,
     ) -> tuple[Tensor, Cost]:
         """Run the loop from `start` under control; returns the latents of level 0, the source first, and what it cost."""
         schedule, steps = denoiser.schedule, len(denoiser.schedule)
         with (
             controlled(self.backbone.network, control, num_steps=steps, latent_size=_sides(start)) as session,
-            self._progress("editing", steps) as advance,
+            self._progress("editing", sampler.start or steps) as advance,
             measured(self.backbone.network) as cost,
         ):
 
@@ -263,8 +297,9 @@ class EditPipeline:
                 return z if changed is None else changed.get("latents", z)
 
             z = sample(
-                with_source_twin(denoiser, any(session.reads_source(step) for step in range(steps))),
+                denoiser,
                 start,
+                sampler=laid_out(sampler, session.reads_source, steps),
                 pin=pin,
                 reads_source=session.reads_source,
                 control=lambda step, batch: session.step(step, streams_of(batch)),
@@ -283,21 +318,9 @@ def embedded_folder() -> Path:
     return Path(str(files("easyinv_edit") / "tabletop" / "weights"))
 
 
-def _recipe_of(trajectory: Trajectory) -> dict[str, Any]:
-    """What an inversion contributes to the recipe of an edit."""
-    return {
-        "source_prompt": trajectory.prompt,
-        "num_inference_steps": len(trajectory.schedule),
-        "inversion": {"name": trajectory.method, **trajectory.settings},
-        "inversion_guidance_scale": trajectory.guidance_scale,
-        "fit": (trajectory.fit or {}).get("policy", "crop"),
-    }
-
-
-def _positive_steps(steps: int) -> int:
-    if steps < 1:
-        raise InputError(f"num_inference_steps is {steps}; it must be at least 1")
-    return steps
+def _source_scale(trajectory: Trajectory, sampler: Sampler, given: float | None) -> float:
+    """The guidance scale of the source branch: the user's, else the method's, else that of the inversion."""
+    return next(s for s in (given, sampler.source_guidance, trajectory.guidance_scale) if s is not None)
 
 
 def _sides(z: Tensor) -> tuple[int, int]:

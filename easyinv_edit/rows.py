@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from attention_control import StreamRow, Streams
 from easyinv_edit.denoiser import BatchRow, Denoiser
+from easyinv_edit.sampling import Sampler
+from easyinv_edit.trajectory import Trajectory
 
 
 def streams_of(batch: Sequence[BatchRow]) -> Streams:
     """Name the rows of a UNet batch for attention control."""
     return Streams(tuple(StreamRow("source" if b.row == 0 else "target", max(b.row - 1, 0), b.half) for b in batch))
+
+
+def start_rows(
+    trajectory: Trajectory, sampler: Sampler, targets: int, noise_mix: float, generator: torch.Generator | None
+) -> Tensor:
+    """The latents an edit starts from, the source's first, at the sampler's first level.
+
+    noise_mix: share of fresh noise in the targets, variance kept.
+    """
+    source = trajectory.latents[-1 if sampler.start is None else sampler.start]
+    own = source.repeat(targets, 1, 1, 1)
+    if noise_mix > 0:
+        on = "cpu" if generator is None else generator.device
+        fresh = torch.randn(own.shape, generator=generator, device=on, dtype=own.dtype).to(own.device)
+        own = (1 - noise_mix**2) ** 0.5 * own + noise_mix * fresh
+    return torch.cat([source, own])
+
+
+def laid_out(sampler: Sampler, reads_source: Callable[[int], bool], num_steps: int) -> Sampler:
+    """The sampler with the twin of the source row decided at every level, after its own conditioning."""
+
+    def condition(denoiser: Denoiser, level: int) -> Denoiser:
+        return with_source_twin(sampler.condition(denoiser, level), reads_source(num_steps - level))
+
+    return replace(sampler, condition=condition)
 
 
 def with_source_twin(denoiser: Denoiser, read_by_targets: bool) -> Denoiser:

@@ -75,12 +75,16 @@ def invert_recipe(recipe: EditRecipe, pipe: EditPipeline) -> Trajectory:
         negative_prompt=recipe.negative_prompt,
         size=size,
         fit=recipe.fit,
+        generator=_generator(recipe),
     )
+
+
+def _generator(recipe: EditRecipe) -> torch.Generator | None:
+    return None if recipe.seed is None else torch.Generator().manual_seed(recipe.seed)
 
 
 def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) -> EditResult:
     """The editing half of a recipe; the result records the whole recipe as it was given."""
-    generator = None if recipe.seed is None else torch.Generator().manual_seed(recipe.seed)
     result = pipe.edit(
         trajectory,
         recipe.prompts,
@@ -90,7 +94,7 @@ def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) 
         negative_prompt=recipe.negative_prompt,
         pin_source=recipe.pin_source,
         noise_mix=recipe.noise_mix,
-        generator=generator,
+        generator=_generator(recipe),
     )
     kept = {key: getattr(recipe, key) for key in ("model", "image", "dtype", "device", "output")}
     return dataclasses.replace(result, recipe={**result.recipe, **kept})

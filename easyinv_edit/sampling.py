@@ -1,32 +1,61 @@
 """The one sampling loop. Every backbone, inversion method and controller goes through it.
 
 It knows levels and rows. Row 0 is the source branch where a trajectory is pinned; what the network's attention does
-meanwhile is the business of the `control` it is given.
+meanwhile is the business of the `control` it is given, and what is special about sampling an inversion method's trajectory
+(a second latent, stored noises, embeddings per level, another guidance) is in the `Sampler` that the method hands out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from easyinv_edit.denoiser import BatchRow, Denoiser
+from easyinv_edit.errors import TrajectoryError
 from easyinv_edit.schedule import require_finite
 from easyinv_edit.trajectory import Trajectory
 
-Step = Callable[[Denoiser, Tensor, int], Tensor]
-"""(denoiser, latents of `level`, level) -> latents of `level - 1`."""
+Step = Callable[[Denoiser, Tensor, "Tensor | None", int], "tuple[Tensor, Tensor | None]"]
+"""(denoiser, latents of `level`, their companions, level) -> latents of `level - 1` and their companions."""
 Control = Callable[[int, Sequence[BatchRow]], AbstractContextManager[object]]
 """(step 0 .. T-1, rows of the UNet batch) -> a context the UNet call runs in."""
 AfterStep = Callable[[int, Tensor], Tensor]
 """(level just reached, all latents) -> latents to go on with."""
 
 
-def ddim_step(denoiser: Denoiser, z: Tensor, level: int) -> Tensor:
+def ddim_step(denoiser: Denoiser, z: Tensor, companion: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
     """One deterministic first-order step; one call of the denoiser."""
-    return denoiser.schedule.denoise(z, denoiser(z, level), level)
+    return denoiser.schedule.denoise(z, denoiser(z, level), level), companion
+
+
+def _unchanged(denoiser: Denoiser, _level: int) -> Denoiser:
+    return denoiser
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the trajectory of an inversion method is sampled; the defaults are DDIM's. Run state lives in its closures.
+
+    step: one level down, for whatever rows it is given;
+    condition: (denoiser of all rows, source first; level) -> the denoiser to use at that level, where conditioning or guidance
+        differ from level to level;
+    companion: (level, latents z) -> the second latents (same shape) that go with z at that level, for methods whose state is a
+        pair; called for the start of every row and for the pinned source;
+    after: runs after each step on all rows, before the caller's own `after_step`;
+    start: the level sampling starts at, T by default;
+    source_guidance: the scale the source branch is reconstructed at, by default the one it was inverted at.
+    """
+
+    step: Step = ddim_step
+    condition: Callable[[Denoiser, int], Denoiser] = _unchanged
+    companion: Callable[[int, Tensor], Tensor] | None = None
+    after: AfterStep | None = None
+    start: int | None = None
+    source_guidance: float | None = None
 
 
 def _no_control(_step: int, _batch: Sequence[BatchRow]) -> AbstractContextManager[object]:
@@ -37,37 +66,61 @@ def sample(
     denoiser: Denoiser,
     z: Tensor,
     *,
+    sampler: Sampler = Sampler(),
     pin: Trajectory | None = None,
     reads_source: Callable[[int], bool] = lambda _step: True,
     control: Control = _no_control,
-    step_fn: Step = ddim_step,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Sample latents z (rows, C, H, W) of level T down to level 0.
+    """Sample latents z (rows, C, H, W) of level T, or of the sampler's `start`, down to level 0.
 
     pin: overwrite row 0 with this trajectory at every level before the UNet sees it, and at the end (Direct inversion, Ju et
     al., arXiv 2310.01506: adding their offset and overwriting are the same thing; this is bit-exact and costs nothing).
     reads_source: whether row 0 is needed at a step; where it is not and row 0 is pinned, its evaluation is saved.
-    Returns the latents of level 0. Raises NonFiniteError at the first level with a latent that is not finite. Cost: the
-    denoiser's, per level.
+    Returns the latents of level 0. Raises NonFiniteError at the first level with a latent that is not finite, TrajectoryError
+    where the pin was made on another schedule or at another size. Cost: the sampler's step (for DDIM the denoiser's call), per
+    level.
     """
+    _require_fit(denoiser, z, pin)
     steps = len(denoiser.schedule)
-    targets = denoiser.select(range(1, z.shape[0])) if pin is not None and z.shape[0] > 1 else denoiser
-    for level in range(steps, 0, -1):
+    start = steps if sampler.start is None else sampler.start
+    companion = None if sampler.companion is None else sampler.companion(start, z)
+    for level in range(start, 0, -1):
         step = steps - level
-        z = _pinned(z, pin, level)
+        z, companion = _pinned(z, companion, level, pin, sampler)
         first = 0 if pin is None or reads_source(step) or z.shape[0] == 1 else 1
-        active = denoiser if first == 0 else targets
+        here = sampler.condition(denoiser, level)
+        active = here if first == 0 else here.select(range(1, z.shape[0]))
         batch = [BatchRow(b.row + first, b.half) for b in active.batch]
         with control(step, batch):
-            moved = step_fn(active, z[first:], level)
+            moved, second = sampler.step(active, z[first:], None if companion is None else companion[first:], level)
         z = require_finite(torch.cat([z[:first], moved]), "sampling", level - 1)
-        if after_step is not None:
-            z = after_step(level - 1, z)
-    return _pinned(z, pin, 0)
+        companion = None if companion is None or second is None else torch.cat([companion[:first], second])
+        for change in (sampler.after, after_step):
+            z = z if change is None else change(level - 1, z)
+    return z if pin is None else torch.cat([pin.clean.to(z), z[1:]])
 
 
-def _pinned(z: Tensor, pin: Trajectory | None, level: int) -> Tensor:
+def _pinned(
+    z: Tensor, companion: Tensor | None, level: int, pin: Trajectory | None, sampler: Sampler
+) -> tuple[Tensor, Tensor | None]:
+    """Row 0, and its companion, as the trajectory has them at `level`."""
     if pin is None:
-        return z
-    return torch.cat([pin.latents[level].to(z), z[1:]])
+        return z, companion
+    source = pin.latents[level].to(z)
+    if companion is not None and sampler.companion is not None:
+        companion = torch.cat([sampler.companion(level, source), companion[1:]])
+    return torch.cat([source, z[1:]]), companion
+
+
+def _require_fit(denoiser: Denoiser, z: Tensor, pin: Trajectory | None) -> None:
+    if pin is None:
+        return
+    if pin.schedule != denoiser.schedule:
+        raise TrajectoryError(
+            f"the inversion was made on another noise schedule ({len(pin.schedule)} steps, here {len(denoiser.schedule)}); "
+            "invert the image again"
+        )
+    if pin.latents.shape[2:] != z.shape[1:]:
+        theirs, mine = ("x".join(map(str, shape)) for shape in (pin.latents.shape[2:], z.shape[1:]))
+        raise TrajectoryError(f"the inversion has latents of {theirs}, here they are {mine}; invert the image at this size")

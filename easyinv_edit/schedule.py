@@ -82,6 +82,38 @@ class NoiseSchedule:
         """
         return (z - self.push[level] * output) / self.keep[level]
 
+    def epsilon(self, z: Tensor, output: Tensor, level: int) -> Tensor:
+        """The noise that `output`, made on latents z of `level`, predicts."""
+        if self.prediction_type == "epsilon":
+            return output
+        return self.signal[level] * output + self.noise[level] * z
+
+    def move(self, z: Tensor, epsilon: Tensor, start: int, end: int, deviation: float = 0.0) -> Tensor:
+        """Latents of level `start` -> of level `end`, up or down, along a predicted noise.
+
+        For one level down or up and epsilon prediction this is `denoise` and `renoise`. deviation: of the fresh noise the
+        caller adds afterwards (DDIM's sigma, eq. 12); the predicted noise gives way to it so that the level keeps its variance.
+        """
+        ratio = self.signal[end] / self.signal[start]
+        return ratio * z + self._push(start, end, deviation) * epsilon
+
+    def unmove(self, z: Tensor, epsilon: Tensor, start: int, end: int, deviation: float = 0.0) -> Tensor:
+        """`move` solved for its start: latents of `end`, its fresh noise taken off, -> latents of `start`."""
+        return (z - self._push(start, end, deviation) * epsilon) * (self.signal[start] / self.signal[end])
+
+    def _push(self, start: int, end: int, deviation: float) -> float:
+        left = math.sqrt(self.noise[end] ** 2 - deviation**2)
+        return left - self.signal[end] * self.noise[start] / self.signal[start]
+
+    def deviation(self, level: int, eta: float) -> float:
+        """DDIM's sigma of the step from `level` down (eq. 16): eta 0 is deterministic, 1 is DDPM's ancestral sampling."""
+        clean, noisy = (self.signal[i] ** 2 for i in (level - 1, level))
+        return eta * math.sqrt((1 - clean) / (1 - noisy) * (1 - noisy / clean))
+
+    def add_noise(self, clean: Tensor, noise: Tensor, level: int) -> Tensor:
+        """A latent of `level`: the clean one and unit noise in the level's own proportions."""
+        return self.signal[level] * clean + self.noise[level] * noise
+
     def as_dict(self) -> dict[str, Any]:
         """What identifies the schedule, JSON-able; `==` on two schedules compares the same things."""
         return {

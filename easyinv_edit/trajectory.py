@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ class Trajectory:
 
     latents: (T + 1, rows, C, H, W); schedule: the one they were made on, the only one they may be sampled on;
     method, settings: the inversion method's registry name and fields; prompt, guidance_scale: the source branch's;
-    extras: tensors a method needs at sampling time, each with level or step first; model: the identity the backbone gave
-    itself; source: the encoded picture, uint8 (H, W, 3), and fit: how it was made from the user's image; cost: of inverting.
+    extras: tensors (levels, rows, ...) a method needs at sampling time or leaves for information; model: the identity the
+    backbone gave itself; source: the encoded picture, uint8 (H, W, 3), and fit: how it was made from the user's image; cost: of
+    inverting.
     """
 
     latents: Tensor
@@ -57,6 +58,22 @@ class Trajectory:
     def noise(self) -> Tensor:
         """The latent of level T, where sampling starts (rows, C, H, W)."""
         return self.latents[-1]
+
+    def rows(self) -> list[Trajectory]:
+        """A trajectory of several images as one trajectory each; what it cost is shared out evenly."""
+        count = self.latents.shape[1]
+        share = replace(
+            self.cost, evaluations=self.cost.evaluations // count, calls=self.cost.calls, seconds=self.cost.seconds / count
+        )
+        return [
+            replace(
+                self,
+                latents=self.latents[:, r : r + 1],
+                extras={name: extra[:, r : r + 1] for name, extra in self.extras.items()},
+                cost=share,
+            )
+            for r in range(count)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trajectory; the file appears whole or not at all. Raises TrajectoryError where that is impossible."""

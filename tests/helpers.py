@@ -147,3 +147,8 @@ def tiny_unet(seed: int = 0, dtype: torch.dtype = torch.float64) -> UNet2DCondit
 def relative_error(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|."""
     return ((a - b).norm() / b.norm()).item()
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    """A generator per row."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -20,6 +20,9 @@ CORE = ("schedule", "conditioning", "denoiser", "trajectory", "sampling", "cost"
 CORE_FILES = tuple(f"easyinv_edit/{name}.py" for name in CORE)
 CORE_MODULES = tuple(f"easyinv_edit.{name}" for name in CORE)
 MODEL_ROOMS = ("easyinv_edit/backbones/*", "easyinv_edit/tabletop/*")
+SHARED_BY_METHODS = tuple(
+    f"easyinv_edit.inversion.{name}" for name in ("base", "ancestral", "pivotal", "regularise", "two_latents")
+)
 LOGGERS = ("diffusers.utils", "transformers.utils")
 RECIPE_FILES = ("easyinv_edit/recipe.py", "easyinv_edit/places.py", "easyinv_edit/tabletop/training.py")
 CONTROL_USERS = (
@@ -65,11 +68,18 @@ RULES = {
     "an inversion method knows the core and the protocol, no other method": Rule(
         ("easyinv_edit/inversion/*",),
         3,
-        only=(*STDLIB, "torch", "pydantic", *CORE_MODULES, "easyinv_edit.inversion.base"),
-        except_files=("easyinv_edit/inversion/__init__.py",),
+        only=(*STDLIB, "torch", "pydantic", *CORE_MODULES, *SHARED_BY_METHODS),
+        except_files=("easyinv_edit/inversion/__init__.py", "easyinv_edit/inversion/base.py"),
+    ),
+    "what methods share may ask the registry for a base": Rule(
+        ("easyinv_edit/inversion/base.py",),
+        1,
+        only=(*STDLIB, "torch", "pydantic", *CORE_MODULES, "easyinv_edit.choices", "easyinv_edit.inversion.INVERSIONS"),
     ),
     "the inversion package names its methods and nothing else": Rule(
-        ("easyinv_edit/inversion/__init__.py",), 1, only=(*STDLIB, *CORE_MODULES, "easyinv_edit.inversion")
+        ("easyinv_edit/inversion/__init__.py",),
+        1,
+        only=(*STDLIB, *CORE_MODULES, "easyinv_edit.choices", "easyinv_edit.inversion"),
     ),
     "models are loaded in backbones and tabletop only": Rule(
         ("easyinv_edit/*",), 15, never=("diffusers", "transformers"), spared=LOGGERS, except_files=MODEL_ROOMS

@@ -14,7 +14,7 @@ from easyinv_edit.cost import measured
 from easyinv_edit.denoiser import BatchRow, Denoiser
 from easyinv_edit.errors import NonFiniteError
 from easyinv_edit.inversion import DDIM
-from easyinv_edit.sampling import sample
+from easyinv_edit.sampling import Sampler, sample
 from easyinv_edit.schedule import NoiseSchedule
 from easyinv_edit.trajectory import Trajectory
 from tests.helpers import Output, denoiser_like, gaussian, make_schedule, relative_error, smooth_latent, toy_denoiser
@@ -194,7 +194,7 @@ def test_after_step_is_given_all_rows_and_may_change_them(reads: Callable[[int],
 
 def test_another_step_may_be_taken() -> None:
     z = smooth_latent()
-    out = sample(editing((1.0,)), z, step_fn=lambda _denoiser, z, level: z * level)
+    out = sample(editing((1.0,)), z, sampler=Sampler(step=lambda _denoiser, z, _second, level: (z * level, None)))
     assert relative_error(out, z * math.factorial(T)) < 1e-12
 
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser
-from easyinv_edit.inversion.base import OnLevel, climb
+from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, climb
 from easyinv_edit.trajectory import Trajectory
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class DDIM:
+@dataclass(frozen=True, config=SETTINGS)
+class DDIM(InversionMethod):
     """z_i = renoise(z_{i-1}, output(z_{i-1}, t_i)). Has no settings.
 
     Cost: one evaluation per level. Its error is of first order in 1 / T and grows with guidance: invert at 1.
@@ -29,7 +28,9 @@ class DDIM:
     name: ClassVar[str] = "ddim"
     paper: ClassVar[str] = "arXiv 2010.02502"
 
-    def invert(self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None) -> Trajectory:
+    def invert(
+        self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None
+    ) -> Trajectory:
         """Invert clean latents z0 (rows, C, H, W)."""
 
         def step(z: Tensor, level: int) -> Tensor:
@@ -37,6 +38,6 @@ class DDIM:
 
         return climb(self, denoiser, z0, step, on_level)
 
-    def evaluations(self, num_inference_steps: int) -> int:
+    def evaluations(self, num_inference_steps: int, guided: bool = False) -> int:
         """One per level."""
-        return num_inference_steps
+        return num_inference_steps * (1 + guided)

@@ -26,13 +26,13 @@ import warnings
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import EasyInvWarning
-from easyinv_edit.inversion.base import OnLevel, climb
+from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, climb
 from easyinv_edit.trajectory import Trajectory
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -50,8 +50,8 @@ PRESETS: dict[str, tuple[float, tuple[float, float]]] = {"sd": (0.5, (0.05, 0.25
 """eta and window the authors use, per model family."""
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class EasyInv:
+@dataclass(frozen=True, config=SETTINGS)
+class EasyInv(InversionMethod):
     """EasyInv (arXiv 2408.05159).
 
     variant: where the blend happens, see this module's text; preset: "sd" (eta 0.5, window 0.05-0.25: low noise) or "sdxl"
@@ -79,7 +79,9 @@ class EasyInv:
         _, (start, stop) = self.resolved(family)
         return [j for j in range(1, num_inference_steps) if start * num_inference_steps < j < stop * num_inference_steps]
 
-    def invert(self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None) -> Trajectory:
+    def invert(
+        self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None
+    ) -> Trajectory:
         """Invert clean latents z0 (rows, C, H, W). Warns where the window hits no step: then this is DDIM inversion."""
         family = denoiser.backbone.family
         eta, window = self.resolved(family)
@@ -94,9 +96,9 @@ class EasyInv:
         step = self._repo_step(denoiser, eta, hits) if self.variant == "repo" else self._paper_step(denoiser, eta, hits)
         return climb(self, denoiser, z0, step, on_level)
 
-    def evaluations(self, num_inference_steps: int) -> int:
+    def evaluations(self, num_inference_steps: int, guided: bool = False) -> int:
         """One per level: what DDIM inversion costs."""
-        return num_inference_steps
+        return num_inference_steps * (1 + guided)
 
     @staticmethod
     def _repo_step(denoiser: Denoiser, eta: float, hits: set[int]) -> Callable[[Tensor, int], Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from easyinv_edit.cost import measured
 from easyinv_edit.denoiser import Denoiser
-from easyinv_edit.inversion import INVERSIONS, InversionMethod
+from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
+from easyinv_edit.sampling import sample
 from easyinv_edit.trajectory import Trajectory
-from tests.helpers import denoiser_like, make_schedule, relative_error, smooth_latent, toy_denoiser
+from tests.helpers import denoiser_like, make_schedule, relative_error, seeded, smooth_latent, toy_denoiser
 
 pytestmark = [
     pytest.mark.parametrize("name", INVERSIONS),
@@ -30,8 +31,14 @@ def toy(steps: int = T, kind: str = "epsilon", rows: int = 1, guidance: float = 
     return toy_denoiser(denoiser_like(schedule), schedule, rows, [guidance] * rows)
 
 
-def inverted(name: str, z0: Tensor, denoiser: Denoiser) -> Trajectory:
-    return INVERSIONS[name]().invert(denoiser, z0)
+def inverted(name: str, z0: Tensor, denoiser: Denoiser, seeds: tuple[int, ...] = (0,)) -> Trajectory:
+    return INVERSIONS[name]().invert(denoiser, z0, generator=seeded(*seeds))
+
+
+def without_early_stop(name: str) -> InversionMethod:
+    """The method with the tolerance off, if it has one: then `evaluations` is exact."""
+    fields = {f.name for f in dataclasses.fields(INVERSIONS[name])}  # type: ignore[arg-type]
+    return INVERSIONS[name](**({"tolerance": 0.0} if "tolerance" in fields else {}))
 
 
 def assert_same(a: Trajectory, b: Trajectory) -> None:
@@ -60,6 +67,12 @@ def test_it_names_its_paper_and_tells_its_cost(name: str) -> None:
     assert method.paper.removeprefix("arXiv ") in text
 
 
+def test_every_setting_is_explained(name: str) -> None:
+    method = INVERSIONS[name]
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        assert re.search(rf"\b{field.name}\b", method.__doc__ or ""), field.name
+
+
 @KINDS
 def test_the_trajectory_has_every_level_from_the_clean_latent_up(name: str, kind: str) -> None:
     denoiser, z0 = toy(kind=kind), smooth_latent()
@@ -73,6 +86,24 @@ def test_the_trajectory_has_every_level_from_the_clean_latent_up(name: str, kind
     assert (steps > 0).all(), "every level is a latent of its own"
 
 
+def test_extras_have_levels_and_rows_first(name: str) -> None:
+    """So that a batch can be taken apart."""
+    trajectory = inverted(name, smooth_latent(rows=3), toy(rows=3), (0, 1, 2))
+    for key, extra in trajectory.extras.items():
+        assert extra.shape[0] in (1, T, T + 1), key
+        assert extra.shape[1] == 3, key
+        assert extra.isfinite().all(), key
+
+
+def test_a_batch_comes_apart_into_its_rows(name: str) -> None:
+    denoiser, z0 = toy(rows=2), smooth_latent(rows=2)
+    both = inverted(name, z0, denoiser, (0, 1))
+    for r, row in enumerate(both.rows()):
+        assert torch.equal(row.latents[:, 0], both.latents[:, r])
+        back = sample(denoiser.select([r]), row.latents[sampler_of(row).start or T], sampler=sampler_of(row))
+        assert back.shape == z0[:1].shape
+
+
 def test_its_settings_build_it_again(name: str, tmp_path: Path) -> None:
     trajectory = inverted(name, smooth_latent(), toy())
     trajectory.save(tmp_path / "a.safetensors")
@@ -80,23 +111,25 @@ def test_its_settings_build_it_again(name: str, tmp_path: Path) -> None:
         assert INVERSIONS[name](**settings) == INVERSIONS[name]()
 
 
-@pytest.mark.parametrize("steps", [4, 5, 10, 30])
-def test_evaluations_are_the_rows_the_network_saw(name: str, steps: int) -> None:
-    denoiser, method = toy(steps), INVERSIONS[name]()
+@pytest.mark.parametrize("steps", [1, 4, 5, 10, 30])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_evaluations_are_the_rows_the_network_saw(name: str, steps: int, guidance: float) -> None:
+    denoiser, method = toy(steps, guidance=guidance), without_early_stop(name)
     with measured(denoiser.backbone.network) as cost:
         method.invert(denoiser, smooth_latent())
-    assert cost.evaluations == method.evaluations(steps) > 0
+    assert cost.evaluations == method.evaluations(steps, guided=guidance != 1) > 0
 
 
-def test_a_guided_row_costs_twice(name: str) -> None:
-    denoiser, method = toy(guidance=3.0), INVERSIONS[name]()
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_it_never_costs_more_than_it_says(name: str, guidance: float) -> None:
+    denoiser, method = toy(guidance=guidance), INVERSIONS[name]()
     with measured(denoiser.backbone.network) as cost:
         method.invert(denoiser, smooth_latent())
-    assert cost.evaluations == 2 * method.evaluations(T)
+    assert 0 < cost.evaluations <= method.evaluations(T, guided=guidance != 1)
 
 
 def test_two_rows_cost_twice(name: str) -> None:
-    denoiser, method = toy(rows=2), INVERSIONS[name]()
+    denoiser, method = toy(rows=2), without_early_stop(name)
     with measured(denoiser.backbone.network) as cost:
         method.invert(denoiser, smooth_latent(rows=2))
     assert cost.evaluations == 2 * method.evaluations(T)
@@ -108,24 +141,30 @@ def test_the_guidance_it_was_made_at_is_kept(name: str) -> None:
 
 def test_a_second_run_of_the_same_object_is_bitwise_the_first(name: str) -> None:
     method, denoiser, z0 = INVERSIONS[name](), toy(), smooth_latent()
-    first = method.invert(denoiser, z0)
-    method.invert(denoiser, smooth_latent(seed=5))
-    assert_same(method.invert(denoiser, z0), first)
+    first = method.invert(denoiser, z0, generator=seeded(0))
+    method.invert(denoiser, smooth_latent(seed=5), generator=seeded(1))
+    assert_same(method.invert(denoiser, z0, generator=seeded(0)), first)
 
 
 def test_rows_are_independent(name: str) -> None:
     denoiser, z0 = toy(rows=2), smooth_latent(rows=2)
-    both = inverted(name, z0, denoiser)
-    for r in range(2):
-        single = inverted(name, z0[r : r + 1], denoiser.select([r]))
-        assert relative_error(both.latents[:, r : r + 1], single.latents) < 1e-12
+    both = inverted(name, z0, denoiser, (0, 1))
+    for r, row in enumerate(both.rows()):
+        single = inverted(name, z0[r : r + 1], denoiser.select([r]), (r,))
+        assert relative_error(row.latents, single.latents) < 1e-12
+        for key in single.extras:
+            assert relative_error(row.extras[key], single.extras[key]) < 1e-9, key
 
 
 def test_the_prompt_matters(name: str) -> None:
     """Rows 0 and 1 of the toy differ in conditioning alone."""
     denoiser, z0 = toy(rows=2), smooth_latent()
     first, second = (inverted(name, z0, denoiser.select([r])) for r in range(2))
-    assert not torch.equal(first.noise, second.noise)
+    same = [
+        torch.equal(first.noise, second.noise),
+        *(torch.equal(first.extras[key], second.extras[key]) for key in first.extras),
+    ]
+    assert not all(same)
 
 
 @KINDS
@@ -138,9 +177,20 @@ def test_float32_latents_stay_float32(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_it_works_with_and_without_gradients(name: str, context: type[torch.no_grad]) -> None:
+    denoiser = toy()
     with context():
-        trajectory = inverted(name, smooth_latent(), toy())
+        trajectory = inverted(name, smooth_latent(), denoiser)
+    assert not trajectory.latents.requires_grad
+    assert not any(extra.requires_grad for extra in trajectory.extras.values())
     assert_same(trajectory, inverted(name, smooth_latent(), toy()))
+
+
+def test_the_network_is_left_as_it_was(name: str) -> None:
+    denoiser = toy()
+    before = [(p.requires_grad, p.grad) for p in denoiser.backbone.network.parameters()]
+    inverted(name, smooth_latent(), denoiser)
+    assert [(p.requires_grad, p.grad) for p in denoiser.backbone.network.parameters()] == before
+    assert before[0][0], "so that this test can fail"
 
 
 def test_saved_and_reloaded_it_is_the_same(name: str, tmp_path: Path) -> None:
@@ -152,7 +202,17 @@ def test_saved_and_reloaded_it_is_the_same(name: str, tmp_path: Path) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("size", [(8, 12), (6, 4)])
+def test_reloaded_it_is_sampled_to_the_same_latent(name: str, kind: str, tmp_path: Path) -> None:
+    denoiser = toy(kind=kind)
+    trajectory = inverted(name, smooth_latent(), denoiser)
+    trajectory.save(tmp_path / "a.safetensors")
+    again = Trajectory.load(tmp_path / "a.safetensors")
+    first, second = (sample(denoiser, t.latents[sampler_of(t).start or T], sampler=sampler_of(t)) for t in (trajectory, again))
+    assert torch.equal(first, second)
+
+
+@KINDS
+@pytest.mark.parametrize("size", [(8, 12), (6, 4), (2, 2)])
 def test_latents_need_not_be_square(name: str, size: tuple[int, int], kind: str) -> None:
     z0 = smooth_latent(size=size)
     trajectory = inverted(name, z0, toy(kind=kind))
@@ -160,11 +220,14 @@ def test_latents_need_not_be_square(name: str, size: tuple[int, int], kind: str)
     assert torch.equal(trajectory.clean, z0)
 
 
-def test_on_level_is_told_every_level_once_going_up(name: str) -> None:
+def test_on_level_is_told_every_level_once_per_pass(name: str) -> None:
+    """The first pass goes up; a second one, of methods that refine, comes down."""
     told: list[tuple[int, Tensor]] = []
-    trajectory = INVERSIONS[name]().invert(toy(), smooth_latent(), lambda level, z: told.append((level, z.clone())))
-    assert [level for level, _ in told] == list(range(1, T + 1))
-    for level, z in told:
+    method = INVERSIONS[name]()
+    trajectory = method.invert(toy(), smooth_latent(), lambda level, z: told.append((level, z.clone())), seeded(0))
+    up, down = list(range(1, T + 1)), list(range(T, 0, -1))
+    assert [level for level, _ in told] == (up + down if method.passes == 2 else up)
+    for level, z in told[:T]:
         assert torch.equal(z, trajectory.latents[level])
 
 
@@ -173,15 +236,18 @@ def test_an_exception_in_on_level_stops_the_work(name: str) -> None:
         pass
 
     levels: list[int] = []
+    stop = T * INVERSIONS[name]().passes - 2
 
     def cancel(level: int, _z: Tensor) -> None:
         levels.append(level)
-        if level == 3:
+        if len(levels) == stop:
             raise Cancelled
 
+    denoiser = toy()
     with pytest.raises(Cancelled):
-        INVERSIONS[name]().invert(toy(), smooth_latent(), cancel)
-    assert levels == [1, 2, 3]
+        INVERSIONS[name]().invert(denoiser, smooth_latent(), cancel)
+    assert len(levels) == stop
+    assert all(p.requires_grad for p in denoiser.backbone.network.parameters())
 
 
 def test_the_clean_latent_is_left_unchanged(name: str) -> None:

@@ -1,0 +1,50 @@
+"""What the pipeline refuses, in words, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from easyinv_edit.backbones.sd import same_model
+from easyinv_edit.errors import InputError, TrajectoryError
+from easyinv_edit.output import OUTPUT_TYPES
+from easyinv_edit.trajectory import Trajectory
+
+
+def steps(num_inference_steps: int) -> int:
+    """The number of steps, at least 1."""
+    if num_inference_steps < 1:
+        raise InputError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+    return num_inference_steps
+
+
+def one_per_image(prompts: Sequence[str], count: int, generator: Any) -> None:
+    """A batch of at least one image, with a prompt each and, where generators are listed, a generator each."""
+    if count < 1:
+        raise InputError("images: the list is empty; give at least one image")
+    if isinstance(prompts, str) or len(prompts) != count:
+        given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise InputError(f"prompts: {given} for {count} images; give a list with one prompt per image")
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise InputError(f"generator: a list of {len(generator)} for {count} images; give one generator, or one per image")
+
+
+def edit(prompts: Sequence[str], noise_mix: float, output_type: str) -> None:
+    """The arguments of an edit that stand alone."""
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("prompt: give a target prompt, or a list of them")
+    if not 0 <= noise_mix <= 1:
+        raise InputError(f"noise_mix is {noise_mix}; it is a share between 0 (inverted noise) and 1 (fresh noise)")
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type is {output_type!r}; choose {', '.join(OUTPUT_TYPES)}")
+
+
+def trajectory(given: Trajectory, backbone: Any, name: str) -> None:
+    """That an inversion was made by this model, on its schedule, from one image. Raises TrajectoryError."""
+    if given.model and not same_model(given.model, backbone.identity()):
+        theirs, mine = given.model.get("name") or "another model", name or "this one"
+        raise TrajectoryError(f"the inversion was made by {theirs}, not by {mine}; invert the image again with this model")
+    if backbone.schedule(len(given.schedule)) != given.schedule:
+        raise TrajectoryError("the inversion was made on another noise schedule; invert the image again")
+    if given.latents.shape[1] != 1:
+        raise TrajectoryError(f"the inversion holds {given.latents.shape[1]} images; take one of its `rows()`")
