@@ -211,20 +211,28 @@ class EditPipeline:
 
     @torch.no_grad()
     def reconstruct(
-        self, trajectory: Trajectory, *, guidance_scale: float | None = None, negative_prompt: str | None = None
+        self,
+        trajectories: Trajectory | Sequence[Trajectory],
+        *,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> tuple[Tensor, Cost]:
-        """Sample an inversion back alone: no pin, no control, its own prompt and its method's own sampler.
+        """Sample inversions back alone: no pin, no control, under their own prompts and by their method's own sampler.
 
-        guidance_scale: by default the one the method is reconstructed at. Returns latents (1, C, H, W) of level 0 and what
-        sampling cost. Raises TrajectoryError where the trajectory belongs to another model or schedule.
+        trajectories: one, or several of one method and size, in one batch; guidance_scale: by default the one the method is
+        reconstructed at. Returns latents (rows, C, H, W) of level 0, for `backbone.decode`, and what sampling cost. Raises
+        TrajectoryError where a trajectory belongs to another model or schedule.
         """
-        checks.trajectory(trajectory, self.backbone, self.name)
-        sampler = sampler_of(trajectory)
-        scale = _source_scale(trajectory, sampler, guidance_scale)
-        denoiser = self._denoiser([trajectory.prompt], (scale,), negative_prompt, trajectory.schedule)
-        start = start_rows(trajectory, sampler, 0, 0.0, None).to(self.backbone.device)
+        rows = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
+        for row in rows:
+            checks.trajectory(row, self.backbone, self.name)
+        joined = Trajectory.join(rows)
+        sampler = sampler_of(joined)
+        scale = _source_scale(joined, sampler, guidance_scale)
+        denoiser = self._denoiser([row.prompt for row in rows], (scale,) * len(rows), negative_prompt, joined.schedule)
+        start = start_rows(joined, sampler, 0, 0.0, None).to(self.backbone.device)
         with measured(self.backbone.network) as cost:
-            z = sample(denoiser, start, sampler=laid_out(sampler, lambda _step: False, len(trajectory.schedule)))
+            z = sample(denoiser, start, sampler=sampler)
         return z, cost
 
     def __call__(

@@ -221,11 +221,16 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     name = choice.get("name")
     if not isinstance(name, str) or name not in registry:
         return [(("name",), f"{shown(name)} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")]
+    method, nested = registry[name], choice.get("base")
+    below: list[tuple[tuple[str, ...], str]] = []
+    if isinstance(nested, dict) and "base" in {f.name for f in dataclasses.fields(method)}:
+        below = [(("base", *path), problem) for path, problem in _check_method(nested, registry)]
     try:
-        registry[name](**{key: value for key, value in choice.items() if key != "name"})
+        method(**{key: value for key, value in choice.items() if key != "name"})
     except ValidationError as error:
-        return [((key,), text.removeprefix(f"{key}: ")) for key, text in problems(error, registry[name])]
-    return []
+        found = [((key,), text.removeprefix(f"{key}: ")) for key, text in problems(error, method)]
+        return below + [item for item in found if not (below and item[0] == ("base",))]
+    return below
 
 
 def _reads_outside(value: str) -> bool:

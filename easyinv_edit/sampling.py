@@ -40,6 +40,8 @@ def _unchanged(denoiser: Denoiser, _level: int) -> Denoiser:
 class Sampler:
     """How the trajectory of an inversion method is sampled; the defaults are DDIM's. Run state lives in its closures.
 
+    The first rows that are sampled are the trajectory's own; those after them are targets, of a trajectory of one row.
+
     step: one level down, for whatever rows it is given;
     condition: (denoiser of all rows, source first; level) -> the denoiser to use at that level, where conditioning or guidance
         differ from level to level;

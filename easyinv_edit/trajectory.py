@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -75,6 +75,21 @@ class Trajectory:
             for r in range(count)
         ]
 
+    @classmethod
+    def join(cls, trajectories: Sequence[Trajectory]) -> Trajectory:
+        """Trajectories of one method, schedule and size as one of several rows; prompt, source and fit are the first's.
+
+        Raises TrajectoryError where they do not go together.
+        """
+        first = trajectories[0]
+        for other in trajectories[1:]:
+            same = (other.method, other.settings, other.schedule) == (first.method, first.settings, first.schedule)
+            if not same or other.latents[:, :1].shape != first.latents[:, :1].shape:
+                raise TrajectoryError("these inversions differ in method, settings, schedule or size, so they are no batch")
+        latents = torch.cat([t.latents for t in trajectories], 1)
+        extras = {name: torch.cat([t.extras[name] for t in trajectories], 1) for name in first.extras}
+        return replace(first, latents=latents, extras=extras)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trajectory; the file appears whole or not at all. Raises TrajectoryError where that is impossible."""
         target = Path(path)
@@ -106,12 +121,18 @@ class Trajectory:
             raise TrajectoryError(f"{path}: cannot be read as an inversion ({error}); make one with `invert`") from error
         if metadata.get("format") != FORMAT:
             raise TrajectoryError(f"{path}: is a safetensors file but no inversion of this version; make one with `invert`")
-        header = json.loads(metadata["header"])
-        return cls(
-            latents=tensors.pop("latents"),
-            source=tensors.pop("source", None),
-            schedule=NoiseSchedule.from_dict(header.pop("schedule")),
-            cost=Cost(**header.pop("cost")),
-            extras={name.removeprefix(EXTRA): extra for name, extra in tensors.items()},
-            **header,
-        )
+        try:
+            header = json.loads(metadata["header"])
+            made = cls(
+                latents=tensors.pop("latents"),
+                source=tensors.pop("source", None),
+                schedule=NoiseSchedule.from_dict(header.pop("schedule")),
+                cost=Cost(**header.pop("cost")),
+                extras={name.removeprefix(EXTRA): extra for name, extra in tensors.items()},
+                **header,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrajectoryError(f"{path}: lacks what an inversion holds ({error!r}); make it again with `invert`") from error
+        if made.latents.ndim != 5 or made.latents.shape[0] != len(made.schedule) + 1:
+            raise TrajectoryError(f"{path}: its latents do not fit its {len(made.schedule)} steps; make it again with `invert`")
+        return made

@@ -48,7 +48,7 @@ def test_an_unknown_name_lists_the_names() -> None:
 
 @pytest.mark.parametrize("choice", [{"eta": 0.3}, {"name": None}, {"name": ["ddim"]}, {"name": 3}, ""])
 def test_a_name_that_is_none_is_refused(choice: Any) -> None:
-    assert "is unknown; choose ddim" in refusal(choice)
+    assert "is unknown; choose easyinv" in refusal(choice)
 
 
 def test_an_unknown_field_lists_the_fields() -> None:

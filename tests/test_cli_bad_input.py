@@ -96,7 +96,7 @@ def test_an_image_that_cannot_be_used(command: Command, home: Path, make: Callab
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("edit", "photo.png", "x", "inversion=easyinf"), "'easyinf' is unknown; choose ddim"),
+        (("edit", "photo.png", "x", "inversion=easyinf"), "'easyinf' is unknown; choose easyinv"),
         (("edit", "photo.png", "x", "control=masactl"), "did you mean 'masactrl'?"),
         (("edit", "photo.png", "x", "num_inference_steps=0"), "command line: 'num_inference_steps=0'"),
         (("edit", "photo.png", "x", "guidance_scale"), "write key=value, e.g. guidance_scale=5"),

@@ -117,7 +117,7 @@ def test_the_progress_bar_can_be_turned_off(untrained: EditPipeline, picture: Im
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "ddom"}, "'ddom' is unknown; choose ddim.*did you mean 'ddim'"),
+        ({"method": "ddom"}, "'ddom' is unknown; choose easyinv.*did you mean 'ddim'"),
         ({"method": {"name": "easyinv", "et": 1}}, "et: unknown setting.*did you mean 'eta'"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
         ({"num_inference_steps": 1001}, "1001.*use fewer steps"),

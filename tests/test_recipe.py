@@ -147,7 +147,7 @@ def test_five_mistakes_are_five_lines_in_order(tmp_path: Path) -> None:
         ("size: big", "1:1: size", "[height, width]"),
         ("size: [64, 64, 64]", "1:1: size", "[height, width]"),
         ("inversion: [ddim]", "1:1: inversion", "dictionary"),
-        ("inversion: {name: [ddim]}", "1:13: inversion.name", "choose ddim, easyinv"),
+        ("inversion: {name: [ddim]}", "1:13: inversion.name", "choose easyinv, ddim"),
         ("inversion: {name: easyinv, eta: 2}", "1:28: inversion.eta", "less than or equal to 1 (got 2)"),
         ("inversion: {name: ddim, eta: 0.5}", "1:25: inversion.eta", "unknown setting of ddim; allowed: none"),
         ("control: {strength: 2}", "1:11: control.strength", "less than or equal to 1"),

@@ -54,7 +54,8 @@ class NegativePrompt(InversionMethod):
         def condition(denoiser: Denoiser, level: int) -> Denoiser:
             denoiser = base.condition(denoiser, level)
             assert denoiser.negative is not None
-            source = denoiser.conditioning.select([0] * denoiser.conditioning.rows)
+            sources = trajectory.latents.shape[1]
+            source = denoiser.conditioning.select([r if r < sources else 0 for r in range(denoiser.conditioning.rows)])
             return replace(denoiser, negative=denoiser.negative.toward(source, self.interpolation))
 
         return replace(base, condition=condition)

@@ -69,10 +69,10 @@ class PromptTuning(InversionMethod):
         tuned = trajectory.extras["prompt_embeddings"]
 
         def condition(denoiser: Denoiser, level: int) -> Denoiser:
-            given = denoiser.conditioning.embeddings
-            own = tuned[level - 1].to(given)
-            blended = torch.cat([own, (1 - self.blend) * own + self.blend * given[1:]])
-            return replace(denoiser, conditioning=replace(denoiser.conditioning, embeddings=blended))
+            own = tuned[level - 1].to(denoiser.conditioning.embeddings)
+            targets = denoiser.conditioning.embeddings[len(own) :]
+            blended = [torch.lerp(own, target[None], self.blend) for target in targets]
+            return replace(denoiser, conditioning=replace(denoiser.conditioning, embeddings=torch.cat([own, *blended])))
 
         return Sampler(condition=condition, source_guidance=self.guidance_scale)
 

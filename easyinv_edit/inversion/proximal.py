@@ -77,8 +77,8 @@ class Proximal(InversionMethod):
         def condition(denoiser: Denoiser, level: int) -> Denoiser:
             edited.clear()
             denoiser = base.condition(denoiser, level)
-            rows = range(denoiser.conditioning.rows)
-            return replace(denoiser, directions=tuple(self._direction(edited, r) if r else None for r in rows))
+            rows, sources = range(denoiser.conditioning.rows), trajectory.latents.shape[1]
+            return replace(denoiser, directions=tuple(None if r < sources else self._direction(edited, r) for r in rows))
 
         def after(level: int, z: Tensor) -> Tensor:
             z = z if base.after is None else base.after(level, z)
