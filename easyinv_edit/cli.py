@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from easyinv_edit import cli_bench as bench
 from easyinv_edit import cli_tabletop as tabletop
 from easyinv_edit import terminal
 from easyinv_edit.terminal import Debug, Json, Quiet, config_file, shipped
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(tabletop.app, name="tabletop")
+app.add_typer(bench.app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, e.g. guidance_scale=5.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pictures and result.json.")]
