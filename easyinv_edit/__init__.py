@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from easyinv_edit.errors import EasyInvError, EasyInvWarning, InputError
-    from easyinv_edit.inversion import DDIM, INVERSIONS, EasyInv, FixedPoint
+    from easyinv_edit.inversion import (
+        BDIA,
+        DDIM,
+        EDICT,
+        INVERSIONS,
+        OBELM,
+        EasyInv,
+        EditFriendly,
+        FixedPoint,
+        NegativePrompt,
+        NullText,
+        PromptTuning,
+        Proximal,
+        ReNoise,
+    )
     from easyinv_edit.pipeline import EditPipeline
     from easyinv_edit.recipe import EditRecipe
     from easyinv_edit.result import EditResult
@@ -23,31 +37,49 @@ if TYPE_CHECKING:
     from easyinv_edit.trajectory import Trajectory
 
 _HOMES = {
+    "BDIA": "inversion",
     "DDIM": "inversion",
-    "INVERSIONS": "inversion",
+    "EDICT": "inversion",
     "EasyInv": "inversion",
     "EasyInvError": "errors",
     "EasyInvWarning": "errors",
+    "EditFriendly": "inversion",
     "EditPipeline": "pipeline",
     "EditRecipe": "recipe",
     "EditResult": "result",
     "FixedPoint": "inversion",
+    "INVERSIONS": "inversion",
     "InputError": "errors",
+    "NegativePrompt": "inversion",
+    "NullText": "inversion",
+    "OBELM": "inversion",
+    "PromptTuning": "inversion",
+    "Proximal": "inversion",
+    "ReNoise": "inversion",
     "Trajectory": "trajectory",
     "run_recipe": "running",
 }
 
 __all__ = [
+    "BDIA",
     "DDIM",
+    "EDICT",
     "INVERSIONS",
+    "OBELM",
     "EasyInv",
     "EasyInvError",
     "EasyInvWarning",
+    "EditFriendly",
     "EditPipeline",
     "EditRecipe",
     "EditResult",
     "FixedPoint",
     "InputError",
+    "NegativePrompt",
+    "NullText",
+    "PromptTuning",
+    "Proximal",
+    "ReNoise",
     "Trajectory",
     "run_recipe",
 ]

@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from easyinv_edit.evaluation.metrics import psnr
-from easyinv_edit.evaluation.reconstruction import sample_back
 from easyinv_edit.figures import stack, strip
 from easyinv_edit.images import save_png
 from easyinv_edit.pipeline import EditPipeline
@@ -66,7 +65,8 @@ def _edit(pipe: EditPipeline, example: Example, method: str, folder: Path) -> tu
     image = source_image(_located(example.image), pipe.backbone.native_size)
     result = pipe(image, example.prompt, example.source_prompt, inversion=method, guidance_scale=GUIDANCE)
     facts = result.save(folder / f"{example.name}-{method}")
-    back = psnr(_unit(sample_back(pipe, result.trajectory)), _unit(pipe.backbone.decode(result.trajectory.clean)))
+    free, _ = pipe.reconstruct(result.trajectory, guidance_scale=1.0)
+    back = psnr(*(_unit(pipe.backbone.decode(z)) for z in (free, result.trajectory.clean.to(free))))
     row = {
         "source": example.name,
         "prompt": example.prompt,

@@ -17,7 +17,16 @@ from easyinv_edit.tabletop.captions import vocabulary
 from easyinv_edit.tabletop.scene import WORDS, random_scene
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
-NAMES = {"ddim", "easyinv-paper-variant", "masactrl", "masactrl-union", "official-notebook", "plain"}
+NAMES = {
+    "ddim",
+    "easyinv-paper-variant",
+    "edit-friendly",
+    "masactrl",
+    "masactrl-union",
+    "null-text",
+    "official-notebook",
+    "plain",
+}
 
 
 def problems(text: str, *overrides: str) -> list[str]:
@@ -57,9 +66,9 @@ def test_a_written_recipe_reads_back_equal(recipe: EditRecipe) -> None:
         assert re.search(rf"^{field.name}:", recipe.to_yaml(), re.M)
 
 
-def test_the_shipped_recipes_are_the_promised_six() -> None:
+def test_the_shipped_recipes_are_the_promised_eight() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
-    assert len(SHIPPED) == 6
+    assert len(SHIPPED) == 8
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.sampling import sample
-from easyinv_edit.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -35,14 +32,6 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def sample_back(pipe: EditPipeline, trajectory: Trajectory) -> torch.Tensor:
-    """The trajectory's noise sampled down alone, decoded: pixels (rows, 3, H, W) in [-1, 1]. Cost: one evaluation a level."""
-    conditioning = pipe.backbone.embed([trajectory.prompt])
-    denoiser = Denoiser(pipe.backbone, trajectory.schedule, conditioning, (1.0,))
-    return pipe.backbone.decode(sample(denoiser, trajectory.noise.to(pipe.backbone.device)))
-
-
-@torch.no_grad()
 def reconstruct(
     pipe: EditPipeline, pictures: Sequence[Image.Image], prompts: Sequence[str], method: str, num_inference_steps: int = 50
 ) -> Reconstruction:
@@ -50,7 +39,7 @@ def reconstruct(
     rows = []
     for picture, prompt in zip(pictures, prompts, strict=True):
         trajectory = pipe.invert(picture, prompt, method, num_inference_steps=num_inference_steps)
-        back = _unit(sample_back(pipe, trajectory))
+        back = _unit(pipe.backbone.decode(pipe.reconstruct(trajectory, guidance_scale=1.0)[0]))
         ceiling = _unit(pipe.backbone.decode(trajectory.clean))
         assert trajectory.source is not None
         truth = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255

@@ -39,8 +39,9 @@ class Proximal(InversionMethod):
     the inversion's outside the edited entries, 0 turning that off, 1 putting it there; until: share of the levels, from the
     clean end, at which it is drawn; dilation: of the edited entries, in latent pixels.
 
-    It acts while an edit is sampled, on target rows whose guidance scale is not 1; the inversion is the base's. With a pair of
-    latents (EDICT) only the first is drawn. Cost: the base's.
+    It acts while an edit is sampled, on target rows whose guidance scale is not 1; the inversion is the base's. It is made for
+    edits that keep the layout: after a change of shape, traces of the source's outline stay where the latent is drawn to it,
+    and `inversion_guidance: 0` avoids them. With a pair of latents (EDICT) only the first is drawn. Cost: the base's.
     """
 
     base: Guided = by_name("negative_prompt")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from attention_control import CONTROLLERS
+from easyinv_edit.cost import Cost
 from easyinv_edit.inversion import INVERSIONS, sampler_of
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.trajectory import Trajectory
 
 T = 4
+SIDE = 8
 SOURCE, TARGET, OTHER = "a red cube", "a ball", "a green cone"
 QUICK: dict[str, dict[str, Any]] = {"null_text": {"iterations": 2}, "prompt_tuning": {"iterations": 2}}
 """Settings that make a method fast; the others run with their defaults."""
@@ -28,104 +30,117 @@ pytestmark = [
     pytest.mark.parametrize("controller", CONTROLLERS),
     pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning"),
 ]
+PINNED = pytest.mark.parametrize("pinned", [True, False])
+
+
+@dataclass
+class Edit:
+    """The targets' latents, the source branch after each step, and the cost."""
+
+    targets: Tensor
+    source: list[Tensor]
+    cost: Cost
+
+
+@dataclass
+class Bench:
+    """One pipeline for all pairs, so that what an edit leaves behind shows in the next, and what was made with it."""
+
+    pipe: EditPipeline
+    inversions: dict[str, Trajectory] = field(default_factory=dict)
+    edits: dict[tuple[str, str, bool], Edit] = field(default_factory=dict)
+
+    def inverted(self, inversion: str) -> Trajectory:
+        if inversion not in self.inversions:
+            image = Image.new("RGB", (64, 64), (235, 235, 225))
+            image.paste((200, 40, 40), (16, 20, 48, 52))
+            method = {"name": inversion, **QUICK.get(inversion, {})}
+            options: dict[str, Any] = {"num_inference_steps": T, "size": 4 * SIDE}
+            generator = torch.Generator().manual_seed(0)
+            self.inversions[inversion] = self.pipe.invert(image, SOURCE, method, generator=generator, **options)
+        return self.inversions[inversion]
+
+    def edited(self, trajectory: Trajectory, controller: str, prompt: Any = TARGET, **options: Any) -> Edit:
+        source: list[Tensor] = []
+
+        def watch(_pipe: EditPipeline, _step: int, _timestep: int, tensors: dict[str, Tensor]) -> None:
+            source.append(tensors["latents"][:1].clone())
+
+        control = {"name": controller, **ROUTED.get(controller, {})}
+        settings = {"guidance_scale": 3, "output_type": "latent", "callback_on_step_end": watch, **options}
+        result = self.pipe.edit(trajectory, prompt, control=control, **settings)
+        assert isinstance(result.images, Tensor)
+        assert result.images.isfinite().all()
+        return Edit(result.images, source, result.cost["edit"])
+
+    def first(self, inversion: str, controller: str, pinned: bool) -> Edit:
+        """The edit to `TARGET`, made once."""
+        key = (inversion, controller, pinned)
+        if key not in self.edits:
+            self.edits[key] = self.edited(self.inverted(inversion), controller, pin_source=pinned)
+        return self.edits[key]
 
 
 @pytest.fixture(scope="module")
-def pipe(untrained_folder: Path) -> EditPipeline:
-    """One pipeline for all pairs, so that what an edit leaves behind shows in the next."""
+def bench(untrained_folder: Path) -> Bench:
     pipe = EditPipeline.from_pretrained(untrained_folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return Bench(pipe)
 
 
-@pytest.fixture(scope="module")
-def inversions(pipe: EditPipeline) -> Iterator[dict[str, Trajectory]]:
-    """Inversions made so far, by method."""
-    yield {}
-
-
-@pytest.fixture
-def trajectory(pipe: EditPipeline, inversions: dict[str, Trajectory], inversion: str) -> Trajectory:
-    if inversion not in inversions:
-        image = Image.new("RGB", (64, 64), (235, 235, 225))
-        ImageDraw.Draw(image).rectangle((16, 20, 48, 52), fill=(200, 40, 40))
-        method = {"name": inversion, **QUICK.get(inversion, {})}
-        generator = torch.Generator().manual_seed(0)
-        inversions[inversion] = pipe.invert(image, SOURCE, method, num_inference_steps=T, generator=generator)
-    return inversions[inversion]
-
-
-def edited(pipe: EditPipeline, trajectory: Trajectory, controller: str, prompt: Any = TARGET, **options: Any) -> Tensor:
-    control = {"name": controller, **ROUTED.get(controller, {})}
-    settings = {"guidance_scale": 3, "output_type": "latent", **options}
-    images = pipe.edit(trajectory, prompt, control=control, **settings).images
-    assert isinstance(images, Tensor)
-    assert images.isfinite().all()
-    return images
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_second_edit_is_bitwise_the_first(pipe: EditPipeline, trajectory: Trajectory, controller: str, pinned: bool) -> None:
-    before = dict(pipe.backbone.network.attn_processors)
-    first = edited(pipe, trajectory, controller, pin_source=pinned)
-    assert first.shape == (1, 4, 16, 16)
+@PINNED
+def test_a_second_edit_is_bitwise_the_first(bench: Bench, inversion: str, controller: str, pinned: bool) -> None:
+    first = bench.first(inversion, controller, pinned).targets
+    assert first.shape == (1, 4, SIDE, SIDE)
     assert first.dtype == torch.float32
-    assert torch.equal(edited(pipe, trajectory, controller, pin_source=pinned), first)
-    after = pipe.backbone.network.attn_processors
+    before = dict(bench.pipe.backbone.network.attn_processors)
+    second = bench.edited(bench.inverted(inversion), controller, pin_source=pinned)
+    assert torch.equal(second.targets, first)
+    after = bench.pipe.backbone.network.attn_processors
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before), "its own processors are back"
 
 
-def test_it_depends_on_the_prompt_and_the_guidance(pipe: EditPipeline, trajectory: Trajectory, controller: str) -> None:
-    first = edited(pipe, trajectory, controller)
-    assert (edited(pipe, trajectory, controller, OTHER) - first).abs().max() > 1e-4
-    assert (edited(pipe, trajectory, controller, guidance_scale=6) - first).abs().max() > 1e-4
-
-
+@PINNED
 def test_saved_and_reloaded_it_edits_bitwise_the_same(
-    pipe: EditPipeline, trajectory: Trajectory, controller: str, tmp_path: Path
+    bench: Bench, inversion: str, controller: str, pinned: bool, tmp_path: Path
 ) -> None:
-    trajectory.save(tmp_path / "a.safetensors")
-    again = Trajectory.load(tmp_path / "a.safetensors")
-    for pinned in (True, False):
-        both = [edited(pipe, t, controller, pin_source=pinned) for t in (trajectory, again)]
-        assert torch.equal(*both)
+    bench.inverted(inversion).save(tmp_path / "a.safetensors")
+    again = bench.edited(Trajectory.load(tmp_path / "a.safetensors"), controller, pin_source=pinned)
+    assert torch.equal(again.targets, bench.first(inversion, controller, pinned).targets)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_two_prompts_are_two_edits(pipe: EditPipeline, trajectory: Trajectory, controller: str, pinned: bool) -> None:
-    both = edited(pipe, trajectory, controller, [TARGET, OTHER], pin_source=pinned)
-    assert both.shape == (2, 4, 16, 16)
-    assert (both[0] - both[1]).abs().max() > 1e-3
-    for row, prompt in zip(both, (TARGET, OTHER), strict=True):
-        assert (row - edited(pipe, trajectory, controller, prompt, pin_source=pinned)[0]).abs().max() < 1e-4
+@PINNED
+def test_two_prompts_are_two_edits(bench: Bench, inversion: str, controller: str, pinned: bool) -> None:
+    """In either order, each as it is alone."""
+    alone = bench.first(inversion, controller, pinned).targets
+    both = bench.edited(bench.inverted(inversion), controller, [OTHER, TARGET], pin_source=pinned).targets
+    assert both.shape == (2, 4, SIDE, SIDE)
+    assert (both[1:] - alone).abs().max() < 1e-4
+    assert (both[0] - both[1]).abs().max() > 1e-3, "the prompt matters"
 
 
-def test_the_source_branch_is_the_inversions_own(pipe: EditPipeline, trajectory: Trajectory, controller: str) -> None:
-    """Pinned, it is the inversion's latent in every step; unpinned, what the method's sampler alone gives."""
-    alone, _ = pipe.reconstruct(trajectory)
-    levels: list[Tensor] = []
-
-    def watch(_pipe: EditPipeline, step: int, _timestep: int, tensors: dict[str, Tensor]) -> None:
-        levels.append(tensors["latents"][:1].clone())
-
-    edited(pipe, trajectory, controller, pin_source=False, callback_on_step_end=watch)
-    assert len(levels) == (sampler_of(trajectory).start or T)
-    assert (levels[-1] - alone).abs().max() < 1e-4
-    result = pipe.edit(trajectory, TARGET, control=controller if controller == "none" else {"name": controller, **ROUTED[controller]})
-    assert result.quality["psnr"] == pytest.approx(result.quality["vae_psnr"], abs=0.01)
+def test_guidance_and_control_matter(bench: Bench, inversion: str, controller: str) -> None:
+    more = bench.edited(bench.inverted(inversion), controller, guidance_scale=6).targets
+    first = bench.first(inversion, controller, True).targets
+    assert (more - first).abs().max() > 1e-3
+    if controller != "none":
+        assert (bench.first(inversion, "none", True).targets - first).abs().max() > 1e-3
 
 
-def test_the_network_is_called_as_often_as_the_sampler_steps(
-    pipe: EditPipeline, trajectory: Trajectory, controller: str
-) -> None:
-    """Twice a level for a pair that steps in turn; the source's row, and no other, is saved where nobody reads it."""
-    control = {"name": controller, **ROUTED.get(controller, {})}
-    options: dict[str, Any] = {"control": control, "output_type": "latent", "guidance_scale": 1.0, "source_guidance_scale": 1.0}
-    steps = sampler_of(trajectory).start or T
-    per_level = 2 if trajectory.method == "edict" else 1
-    for pinned in (True, False):
-        cost = pipe.edit(trajectory, [TARGET, OTHER], pin_source=pinned, **options).cost["edit"]
-        assert cost.calls == per_level * steps
-        rows = 3 if not pinned or controller != "none" else 2
-        assert cost.evaluations == rows * cost.calls
+def test_the_unpinned_source_branch_is_the_reconstruction(bench: Bench, inversion: str, controller: str) -> None:
+    """What runs beside it changes nothing about it."""
+    alone, _ = bench.pipe.reconstruct(bench.inverted(inversion))
+    source = bench.first(inversion, controller, False).source
+    assert (source[-1] - alone).abs().max() < 1e-4
+
+
+def test_the_network_is_called_as_often_as_the_sampler_steps(bench: Bench, inversion: str, controller: str) -> None:
+    """Twice a level where a pair steps in turn; the source's row is saved where nobody reads it."""
+    steps = sampler_of(bench.inverted(inversion)).start or T
+    calls = steps * (2 if inversion == "edict" else 1)
+    pinned, free = (bench.first(inversion, controller, p) for p in (True, False))
+    assert len(pinned.source) == len(free.source) == steps
+    assert pinned.cost.calls == free.cost.calls == calls
+    assert pinned.cost.evaluations == 2 * calls if controller == "none" else pinned.cost.evaluations > 2 * calls
+    assert free.cost.evaluations > 2 * calls

@@ -12,7 +12,7 @@ import torch
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import METHODS, TASKS
 from easyinv_edit.evaluation.tabletop import evaluate, text
-from easyinv_edit.inversion import INVERSIONS
+from easyinv_edit.evaluation.tabletop import SAMPLED_BACK
 from easyinv_edit.tabletop import judge
 
 
@@ -31,7 +31,7 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     judge.save(judge.Judge(), model / "judge.safetensors")
     report = evaluate(str(model), tmp_path / "report", 1, 8, quiet)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
-    assert [row["method"] for row in report["reconstructions"]] == list(INVERSIONS)
+    assert [row["method"] for row in report["reconstructions"]] == list(SAMPLED_BACK)
     assert len(report["edits"]) == len(TASKS) * (2 + len(METHODS))
     drawn = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert drawn == {"samples-g3", "samples-g5", *(f"edit-{task.name}" for task in TASKS)}
