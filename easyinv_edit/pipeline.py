@@ -34,7 +34,7 @@ from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
 from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
-from easyinv_edit.rows import laid_out, start_rows, streams_of
+from easyinv_edit.rows import laid_out, source_scale, start_rows, streams_of
 from easyinv_edit.sampling import Sampler, sample
 from easyinv_edit.trajectory import Trajectory
 
@@ -186,7 +186,7 @@ class EditPipeline:
         checks.edit(prompts, noise_mix, output_type)
         checks.trajectory(trajectory, self.backbone, self.name)
         sampler = sampler_of(trajectory)
-        guidance = (_source_scale(trajectory, sampler, source_guidance_scale), *(guidance_scale for _ in prompts))
+        guidance = (source_scale(trajectory, sampler, source_guidance_scale), *(guidance_scale for _ in prompts))
         denoiser = self._denoiser([trajectory.prompt, *prompts], guidance, negative_prompt, trajectory.schedule)
         start = start_rows(trajectory, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)
         pin = trajectory if pin_source else None
@@ -228,7 +228,7 @@ class EditPipeline:
             checks.trajectory(row, self.backbone, self.name)
         joined = Trajectory.join(rows)
         sampler = sampler_of(joined)
-        scale = _source_scale(joined, sampler, guidance_scale)
+        scale = source_scale(joined, sampler, guidance_scale)
         denoiser = self._denoiser([row.prompt for row in rows], (scale,) * len(rows), negative_prompt, joined.schedule)
         start = start_rows(joined, sampler, 0, 0.0, None).to(self.backbone.device)
         with measured(self.backbone.network) as cost:
@@ -249,7 +249,8 @@ class EditPipeline:
         generator: torch.Generator | None = None,
         **edit_options: Any,
     ) -> EditResult:
-        """`invert` then `edit` in one call, both drawing from `generator`; edit_options are those of `edit`."""
+        """`invert` then `edit` in one call, both from the same state of `generator`; edit_options are those of `edit`."""
+        state = None if generator is None else generator.get_state()
         trajectory = self.invert(
             image,
             source_prompt,
@@ -261,6 +262,8 @@ class EditPipeline:
             fit=fit,
             generator=generator,
         )
+        if generator is not None and state is not None:
+            generator.set_state(state)
         return self.edit(trajectory, prompt, generator=generator, **edit_options)
 
     def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -324,11 +327,6 @@ class EditPipeline:
 def embedded_folder() -> Path:
     """Where the embedded model lies: an ordinary diffusers folder."""
     return Path(str(files("easyinv_edit") / "tabletop" / "weights"))
-
-
-def _source_scale(trajectory: Trajectory, sampler: Sampler, given: float | None) -> float:
-    """The guidance scale of the source branch: the user's, else the method's, else that of the inversion."""
-    return next(s for s in (given, sampler.source_guidance, trajectory.guidance_scale) if s is not None)
 
 
 def _sides(z: Tensor) -> tuple[int, int]:

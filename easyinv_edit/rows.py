@@ -35,6 +35,11 @@ def start_rows(
     return torch.cat([source, own])
 
 
+def source_scale(trajectory: Trajectory, sampler: Sampler, given: float | None) -> float:
+    """The guidance scale of the source branch: the user's, else the method's, else that of the inversion."""
+    return next(s for s in (given, sampler.source_guidance, trajectory.guidance_scale) if s is not None)
+
+
 def laid_out(sampler: Sampler, reads_source: Callable[[int], bool], num_steps: int) -> Sampler:
     """The sampler with the twin of the source row decided at every level, after its own conditioning."""
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +23,15 @@ from tests.helpers import denoiser_like, make_schedule, relative_error, seeded, 
 
 T = 3
 PROMPTS = ["a red ball", "a blue cube"]
-QUICK: dict[str, dict[str, Any]] = {"null_text": {"iterations": 1}, "prompt_tuning": {"iterations": 1}}
+QUICK: dict[str, dict[str, Any]] = {
+    "null_text": {"iterations": 1},
+    "prompt_tuning": {"iterations": 1},
+    "fixed_point": {"iterations": 2},
+    "renoise": {"weights": [0, 1], "low_noise_weights": [1, 1]},
+}
+"""Settings that make a method fast."""
+ROUNDING = {"obelm": 1e-3}
+"""How far rounding may carry a latent, as a share of the largest; O-BELM's first steps multiply it by hundreds."""
 QUIET = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 
 
@@ -70,7 +77,7 @@ def test_a_batch_is_its_single_inversions(pipe: EditPipeline, pictures: list[Ima
     for ours, image, prompt, seed in zip(both, pictures, PROMPTS, (5, 6), strict=True):
         alone = single(pipe, image, prompt, method=method, generator=seeded(seed)[0])
         assert ours.latents.shape == alone.latents.shape == (T + 1, 1, 4, 8, 8)
-        assert furthest(ours.latents, alone.latents) < 1e-5 * max(1.0, alone.latents.abs().max().item())
+        assert furthest(ours.latents, alone.latents) < ROUNDING.get(name, 1e-5) * alone.latents.abs().max().item()
         assert ours.extras.keys() == alone.extras.keys()
         for key in alone.extras:
             assert ours.extras[key].shape == alone.extras[key].shape, key
@@ -144,9 +151,10 @@ def test_every_trajectory_of_a_batch_edits_saves_and_loads(
     for ours, image, prompt in zip(batch(pipe, pictures, method="edict"), pictures, PROMPTS, strict=True):
         alone = single(pipe, image, prompt, method="edict")
         ours.save(tmp_path / "a.safetensors")
-        made = [pipe.edit(t, "x", output_type="np") for t in (ours, Trajectory.load(tmp_path / "a.safetensors"), alone)]
-        assert np.array_equal(made[0].images, made[1].images)
-        assert np.abs(made[0].images - made[2].images).max() < 1e-3
+        loaded = Trajectory.load(tmp_path / "a.safetensors")
+        first, again, other = (pipe.edit(t, "x", output_type="latent").images for t in (ours, loaded, alone))
+        assert torch.equal(first, again)
+        assert furthest(first, other) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,7 @@ def test_counts_that_differ_are_refused(
 def test_one_path_is_no_list_of_images(pipe: EditPipeline, picture: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture.save(path)
-    with pytest.raises(InputError, match="images: .*list"):
+    with pytest.raises(InputError, match="^images"):
         batch(pipe, str(path), ["x"])
 
 
@@ -241,10 +249,10 @@ def test_a_reconstruction_by_ddim_is_bitwise_its_sampling(pipe: EditPipeline, pi
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_edict_is_reconstructed_exactly_at_its_own_guidance(pipe: EditPipeline, picture: Image.Image, guidance: float) -> None:
-    trajectory = single(pipe, picture, PROMPTS[0], method="edict", num_inference_steps=10, guidance_scale=guidance)
+    trajectory = single(pipe, picture, PROMPTS[0], method="edict", num_inference_steps=6, guidance_scale=guidance)
     back, cost = pipe.reconstruct(trajectory)
     assert relative_error(back, trajectory.clean) < 1e-3
-    assert cost.evaluations == (2 if guidance == 1 else 4) * 10
+    assert cost.evaluations == (2 if guidance == 1 else 4) * 6
     other, _ = pipe.reconstruct(trajectory, guidance_scale=5.0 - guidance)
     assert relative_error(other, trajectory.clean) > 5e-3
     same, _ = pipe.reconstruct(trajectory, guidance_scale=guidance)
@@ -301,5 +309,5 @@ def test_a_pin_that_fits_is_taken() -> None:
 
 
 def test_a_pin_of_several_images_is_refused() -> None:
-    with pytest.raises(TrajectoryError, match="2 images"):
+    with pytest.raises(TrajectoryError, match="2"):
         pinned(DDIM().invert(toy(rows=2), smooth_latent(rows=2)))

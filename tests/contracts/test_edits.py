@@ -20,7 +20,7 @@ from easyinv_edit.trajectory import Trajectory
 T = 4
 SIDE = 8
 SOURCE, TARGET, OTHER = "a red cube", "a ball", "a green cone"
-QUICK: dict[str, dict[str, Any]] = {"null_text": {"iterations": 2}, "prompt_tuning": {"iterations": 2}}
+QUICK: dict[str, dict[str, Any]] = {"null_text": {"iterations": 1}, "prompt_tuning": {"iterations": 1}}
 """Settings that make a method fast; the others run with their defaults."""
 ROUTED: dict[str, dict[str, Any]] = {"masactrl": {"start_step": 0}}
 """Settings with which a controller acts from the first of so few steps."""

@@ -95,6 +95,25 @@ def test_extras_have_levels_and_rows_first(name: str) -> None:
         assert extra.isfinite().all(), key
 
 
+def test_every_extra_is_explained(name: str) -> None:
+    text = f"{INVERSIONS[name].__doc__} {inspect.getmodule(INVERSIONS[name]).__doc__}"
+    for key in inverted(name, smooth_latent(), toy(4)).extras:
+        assert f'`extras["{key}"]`' in text, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_network_gives_float32_latents_near_the_exact_ones(name: str, dtype: torch.dtype) -> None:
+    """Half precision is the network's business: latents and steps are not rounded to it."""
+    schedule = make_schedule(T)
+    exact = denoiser_like(schedule)
+    rounded = toy_denoiser(lambda z, t, e: exact(z, t, e).to(dtype).to(z), schedule)
+    rounded.backbone.network.to(dtype)
+    trajectory, reference = (inverted(name, smooth_latent().float(), d) for d in (rounded, toy()))
+    assert trajectory.latents.dtype == torch.float32
+    assert relative_error(trajectory.latents, reference.latents) < {torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    assert all(extra.dtype == torch.float32 for key, extra in trajectory.extras.items() if "embeddings" not in key)
+
+
 def test_a_batch_comes_apart_into_its_rows(name: str) -> None:
     denoiser, z0 = toy(rows=2), smooth_latent(rows=2)
     both = inverted(name, z0, denoiser, (0, 1))

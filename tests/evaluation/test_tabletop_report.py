@@ -11,8 +11,7 @@ import torch
 
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import METHODS, TASKS
-from easyinv_edit.evaluation.tabletop import evaluate, text
-from easyinv_edit.evaluation.tabletop import SAMPLED_BACK
+from easyinv_edit.evaluation.tabletop import SAMPLED_BACK, evaluate, text
 from easyinv_edit.tabletop import judge
 
 
@@ -36,4 +35,4 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     drawn = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert drawn == {"samples-g3", "samples-g5", *(f"edit-{task.name}" for task in TASKS)}
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
-    assert len(rows) == 3 + len(report["samples"]) + len(INVERSIONS) + len(report["edits"])
+    assert len(rows) == 3 + len(report["samples"]) + len(SAMPLED_BACK) + len(report["edits"])
