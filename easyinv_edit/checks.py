@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from easyinv_edit.backbones.sd import same_model
-from easyinv_edit.errors import InputError, TrajectoryError
+from easyinv_edit.errors import EasyInvWarning, InputError, TrajectoryError
 from easyinv_edit.output import OUTPUT_TYPES
 from easyinv_edit.trajectory import Trajectory
 
@@ -37,6 +38,17 @@ def edit(prompts: Sequence[str], noise_mix: float, output_type: str) -> None:
         raise InputError(f"noise_mix is {noise_mix}; it is a share between 0 (inverted noise) and 1 (fresh noise)")
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type is {output_type!r}; choose {', '.join(OUTPUT_TYPES)}")
+
+
+def guidance(method: str, fitted: float | None, used: float) -> None:
+    """Warn where a method fitted itself to another guidance scale than the one an edit uses."""
+    if fitted is not None and fitted != used:
+        warnings.warn(
+            f"{method}: its embeddings were fitted for guidance {fitted:g}, but this edit uses {used:g}; invert with "
+            f"guidance_scale {used:g} in the method's settings, or edit at {fitted:g}",
+            EasyInvWarning,
+            stacklevel=3,
+        )
 
 
 def trajectory(given: Trajectory, backbone: Any, name: str) -> None:

@@ -186,6 +186,7 @@ class EditPipeline:
         checks.edit(prompts, noise_mix, output_type)
         checks.trajectory(trajectory, self.backbone, self.name)
         sampler = sampler_of(trajectory)
+        checks.guidance(trajectory.method, sampler.source_guidance, guidance_scale)
         guidance = (source_scale(trajectory, sampler, source_guidance_scale), *(guidance_scale for _ in prompts))
         denoiser = self._denoiser([trajectory.prompt, *prompts], guidance, negative_prompt, trajectory.schedule)
         start = start_rows(trajectory, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)

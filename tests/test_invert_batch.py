@@ -180,7 +180,7 @@ def test_counts_that_differ_are_refused(
 def test_one_path_is_no_list_of_images(pipe: EditPipeline, picture: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture.save(path)
-    with pytest.raises(InputError, match="^images"):
+    with pytest.raises(InputError, match=r"^images"):
         batch(pipe, str(path), ["x"])
 
 

@@ -8,6 +8,7 @@ prompt toward their own: strong edits, with more artefacts than null-text invers
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -16,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser
+from easyinv_edit.errors import EasyInvWarning
 from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, Uncomposed, by_name, settings_of
 from easyinv_edit.sampling import Sampler
 from easyinv_edit.trajectory import Trajectory
@@ -26,8 +28,8 @@ class NegativePrompt(InversionMethod):
     """Negative-prompt inversion, NPI (arXiv 2305.16807).
 
     base: the inversion itself, any method but a composed one; interpolation: share of the source prompt in the negative
-    embedding (linear), 1 being NPI and 0 the edit's own negative prompt, i.e. the base alone. Needs a source prompt: without
-    one the negative embedding is the empty prompt's and nothing changes. Cost: the base's.
+    embedding (linear), 1 being NPI and 0 the edit's own negative prompt, i.e. the base alone. Needs a source prompt, and warns
+    without one: then nothing changes. Cost: the base's.
     """
 
     base: Uncomposed = by_name("ddim")
@@ -40,6 +42,13 @@ class NegativePrompt(InversionMethod):
         self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None
     ) -> Trajectory:
         """Invert clean latents z0 (rows, C, H, W) by the base."""
+        if denoiser.negative is not None and denoiser.conditioning.equals(denoiser.negative):
+            warnings.warn(
+                f"{self.name}: the source prompt is empty, or is the negative prompt, so this is {self.base.name} alone; give "
+                "a source prompt",
+                EasyInvWarning,
+                stacklevel=2,
+            )
         trajectory = self.base.invert(denoiser, z0, on_level, generator)
         return replace(trajectory, method=self.name, settings=settings_of(self))
 

@@ -20,6 +20,7 @@ from tests.helpers import Output, ToyBackbone, denoiser_like, make_schedule, rel
 
 T = 20
 SCHEDULE = make_schedule(T)
+OUTPUT = denoiser_like(SCHEDULE, 0.3)
 SOLVED: dict[str, Any] = {"name": "fixed_point", "iterations": 60}
 SCALES = pytest.mark.parametrize("guidance", [1.0, 7.5, 15.0])
 BASES = ["ddim", "easyinv", "fixed_point", "renoise", "edit_friendly", "edict", "bdia", "obelm"]
@@ -28,7 +29,7 @@ QUIET = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 
 def toy(guidance: float = 1.0) -> Denoiser:
     """Conditioned on 1, its negative prompt on 0: guidance is not the identity by itself."""
-    return toy_denoiser(denoiser_like(SCHEDULE, 0.3), SCHEDULE, guidance=[guidance])
+    return toy_denoiser(OUTPUT, SCHEDULE, guidance=[guidance])
 
 
 def inverted(method: InversionMethod) -> Trajectory:
@@ -68,7 +69,7 @@ def test_over_edict_it_stays_exact(guidance: float) -> None:
 # In an edit
 
 
-def editing(guidance: float, output: Output = denoiser_like(SCHEDULE, 0.3)) -> Denoiser:
+def editing(guidance: float, output: Output = OUTPUT) -> Denoiser:
     """The source of `toy` and two targets; the edit's own negative prompts are -1, -2 and -3."""
     numbers = torch.tensor([[1.0, 5.0, -4.0], [-1.0, -2.0, -3.0]], dtype=torch.float64)
     conditioning, negative = (Conditioning(row.reshape(3, 1, 1)) for row in numbers)
@@ -81,7 +82,7 @@ def edited(trajectory: Trajectory, guidance: float = 7.5) -> tuple[Tensor, list[
 
     def output(z: Tensor, t: int, e: Tensor) -> Tensor:
         seen.append(e.flatten().clone())
-        return denoiser_like(SCHEDULE, 0.3)(z, t, e)
+        return OUTPUT(z, t, e)
 
     sampler = sampler_of(trajectory)
     z = trajectory.latents[sampler.start or T].repeat(3, 1, 1, 1)

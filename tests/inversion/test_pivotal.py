@@ -109,7 +109,7 @@ def pushed(method: Method, guidance: float) -> float:
 
 
 def by_hand(method: Method, denoiser: Denoiser, pivots: Trajectory, iterations: int, guidance: float = 7.5) -> Tensor:
-    """The published loop on the linear toy, its gradient and Adam (b1 0.9, b2 0.999, eps 1e-8) written out; entry i: level i + 1."""
+    """The published loop on the linear toy, gradient and Adam written out; entry i is of level i + 1."""
     assert denoiser.negative is not None
     uncond, cond = denoiser.negative.embeddings, denoiser.conditioning.embeddings
     u = (uncond if method is NullText else cond).clone()

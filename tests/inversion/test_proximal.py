@@ -24,9 +24,8 @@ QUIET = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-def field(z: Tensor, t: int, e: Tensor) -> Tensor:
-    """A nonlinear denoiser whose guidance direction differs from entry to entry."""
-    return denoiser_like(SCHEDULE, 0.3)(z, t, e)
+field = denoiser_like(SCHEDULE, 0.3)
+"""A nonlinear denoiser whose guidance direction differs from entry to entry."""
 
 
 def inverted(method: Proximal, dtype: torch.dtype = torch.float64) -> Trajectory:
