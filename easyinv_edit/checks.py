@@ -19,10 +19,16 @@ def steps(num_inference_steps: int) -> int:
     return num_inference_steps
 
 
+def some(given: Any, what: str) -> None:
+    """A list with something in it, and no single text."""
+    if isinstance(given, str):
+        raise InputError(f"{what}: one text was given; give a list")
+    if len(given) < 1:
+        raise InputError(f"{what}: the list is empty; give at least one")
+
+
 def one_per_image(prompts: Sequence[str], count: int, generator: Any) -> None:
-    """A batch of at least one image, with a prompt each and, where generators are listed, a generator each."""
-    if count < 1:
-        raise InputError("images: the list is empty; give at least one image")
+    """A prompt for each image of a batch and, where generators are listed, a generator for each."""
     if isinstance(prompts, str) or len(prompts) != count:
         given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise InputError(f"prompts: {given} for {count} images; give a list with one prompt per image")

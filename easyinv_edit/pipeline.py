@@ -132,6 +132,7 @@ class EditPipeline:
         trajectories are those of single inversions up to rounding, and share the cost evenly.
         """
         chosen = build(INVERSIONS, method, "inversion method")
+        checks.some(images, "images")
         checks.one_per_image(prompts, len(images), generator)
         fitted = [pictures.fit(pictures.load(image), self._size(size), fit) for image in images]
         pixels = torch.cat([pictures.to_tensor(picture) for picture, _ in fitted])
@@ -225,6 +226,7 @@ class EditPipeline:
         TrajectoryError where a trajectory belongs to another model or schedule.
         """
         rows = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
+        checks.some(rows, "trajectories")
         for row in rows:
             checks.trajectory(row, self.backbone, self.name)
         joined = Trajectory.join(rows)

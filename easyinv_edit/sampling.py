@@ -123,6 +123,8 @@ def _require_fit(denoiser: Denoiser, z: Tensor, pin: Trajectory | None) -> None:
             f"the inversion was made on another noise schedule ({len(pin.schedule)} steps, here {len(denoiser.schedule)}); "
             "invert the image again"
         )
+    if pin.latents.shape[1] != 1:
+        raise TrajectoryError(f"the inversion holds {pin.latents.shape[1]} images, so it pins no row; take one of its `rows()`")
     if pin.latents.shape[2:] != z.shape[1:]:
         theirs, mine = ("x".join(map(str, shape)) for shape in (pin.latents.shape[2:], z.shape[1:]))
         raise TrajectoryError(f"the inversion has latents of {theirs}, here they are {mine}; invert the image at this size")

@@ -62,9 +62,8 @@ class Trajectory:
     def rows(self) -> list[Trajectory]:
         """A trajectory of several images as one trajectory each; what it cost is shared out evenly."""
         count = self.latents.shape[1]
-        share = replace(
-            self.cost, evaluations=self.cost.evaluations // count, calls=self.cost.calls, seconds=self.cost.seconds / count
-        )
+        evaluations = -(-self.cost.evaluations // count)
+        share = replace(self.cost, evaluations=evaluations, seconds=self.cost.seconds / count)
         return [
             replace(
                 self,
@@ -83,12 +82,20 @@ class Trajectory:
         """
         first = trajectories[0]
         for other in trajectories[1:]:
-            same = (other.method, other.settings, other.schedule) == (first.method, first.settings, first.schedule)
-            if not same or other.latents[:, :1].shape != first.latents[:, :1].shape:
-                raise TrajectoryError("these inversions differ in method, settings, schedule or size, so they are no batch")
+            if other._kind() != first._kind():
+                raise TrajectoryError(
+                    "these inversions differ in method, settings, guidance, schedule or size, so they are no batch; take each "
+                    "kind by itself"
+                )
         latents = torch.cat([t.latents for t in trajectories], 1)
         extras = {name: torch.cat([t.extras[name] for t in trajectories], 1) for name in first.extras}
         return replace(first, latents=latents, extras=extras)
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What inversions of one batch have in common; settings as a file would hold them."""
+        settings = json.dumps(self.settings, default=dict, sort_keys=True)
+        size = tuple(self.latents.shape[2:])
+        return self.method, settings, self.guidance_scale, self.schedule, size, sorted(self.extras)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trajectory; the file appears whole or not at all. Raises TrajectoryError where that is impossible."""

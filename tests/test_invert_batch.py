@@ -200,12 +200,52 @@ def test_rows_take_a_batch_apart() -> None:
     assert trajectory.latents.shape[1] == 3, "the batch stays whole"
 
 
-def together(rows: Sequence[Trajectory]) -> Trajectory:
-    return replace(rows[0], latents=torch.cat([row.latents for row in rows], dim=1))
+def test_rows_joined_again_are_the_batch(pipe: EditPipeline, pictures: list[Image.Image]) -> None:
+    both = batch(pipe, pictures, method="edict")
+    joined = Trajectory.join(both)
+    assert joined.latents.shape == (T + 1, 2, 4, 8, 8)
+    for row, ours in zip(joined.rows(), both, strict=True):
+        assert torch.equal(row.latents, ours.latents)
+        assert torch.equal(row.extras["companion"], ours.extras["companion"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "edict"}, {"method": {"name": "easyinv", "eta": 0.9}}, {"num_inference_steps": T + 2}, {"size": 64}]
+)
+@QUIET
+def test_inversions_that_differ_are_not_joined(pipe: EditPipeline, picture: Image.Image, options: dict[str, Any]) -> None:
+    """Every difference alone."""
+    settings = {"method": "easyinv", **options}
+    with pytest.raises(TrajectoryError, match="differ") as caught:
+        pipe.reconstruct([single(pipe, picture, "", method="easyinv"), single(pipe, picture, "", **settings)])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_batch_of_different_guidance_is_refused_or_sampled_at_each_its_own(pipe: EditPipeline, picture: Image.Image) -> None:
+    """EDICT is exact at the scale it was inverted at and at no other."""
+    both = [single(pipe, picture, PROMPTS[0], method="edict", guidance_scale=scale) for scale in (1.0, 5.0)]
+    try:
+        back, _ = pipe.reconstruct(both)
+    except InputError:
+        return
+    assert relative_error(back, torch.cat([t.clean for t in both])) < 1e-3
+
+
+def test_an_empty_batch_is_refused(pipe: EditPipeline) -> None:
+    with pytest.raises(InputError):
+        pipe.reconstruct([])
+
+
+def test_a_reloaded_inversion_joins_a_live_one(pipe: EditPipeline, picture: Image.Image, tmp_path: Path) -> None:
+    method = {"name": "easyinv", "window": (0.1, 0.9)}
+    live = single(pipe, picture, "", method=method)
+    live.save(tmp_path / "a.safetensors")
+    joined = Trajectory.join([live, Trajectory.load(tmp_path / "a.safetensors")])
+    assert torch.equal(joined.latents[:, 0], joined.latents[:, 1])
 
 
 def test_a_batch_is_not_edited_or_sampled_as_one(pipe: EditPipeline, pictures: list[Image.Image]) -> None:
-    both = together(batch(pipe, pictures))
+    both = Trajectory.join(batch(pipe, pictures))
     for work in (lambda: pipe.edit(both, "x"), lambda: pipe.reconstruct(both)):
         with pytest.raises(TrajectoryError, match=r"holds 2 images; take one of its `rows\(\)`") as caught:
             work()
@@ -236,6 +276,22 @@ def test_a_reconstruction_is_the_inversion_sampled_back(pipe: EditPipeline, pict
     assert cost.seconds > 0
 
 
+@QUIET
+@pytest.mark.parametrize("name", INVERSIONS)
+def test_several_reconstructions_in_one_batch_are_each_its_own(
+    pipe: EditPipeline, pictures: list[Image.Image], name: str
+) -> None:
+    options: dict[str, Any] = {"method": {"name": name, **QUICK.get(name, {})}, "generator": seeded(0, 1)}
+    both = batch(pipe, pictures, **options)
+    back, cost = pipe.reconstruct(both)
+    alone = [pipe.reconstruct(t) for t in both]
+    assert back.shape == (2, 4, 8, 8)
+    for ours, (theirs, _) in zip(back, alone, strict=True):
+        assert furthest(ours, theirs[0]) < 1e-4 * theirs.abs().max().item()
+    assert furthest(back[0], back[1]) > 0.1
+    assert cost.evaluations == sum(own.evaluations for _, own in alone)
+
+
 def test_a_reconstruction_by_ddim_is_bitwise_its_sampling(pipe: EditPipeline, picture: Image.Image) -> None:
     trajectory = single(pipe, picture, "")
     words = pipe.backbone.embed(["", ""])
@@ -249,10 +305,10 @@ def test_a_reconstruction_by_ddim_is_bitwise_its_sampling(pipe: EditPipeline, pi
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_edict_is_reconstructed_exactly_at_its_own_guidance(pipe: EditPipeline, picture: Image.Image, guidance: float) -> None:
-    trajectory = single(pipe, picture, PROMPTS[0], method="edict", num_inference_steps=6, guidance_scale=guidance)
+    trajectory = single(pipe, picture, PROMPTS[0], method="edict", num_inference_steps=4, guidance_scale=guidance)
     back, cost = pipe.reconstruct(trajectory)
     assert relative_error(back, trajectory.clean) < 1e-3
-    assert cost.evaluations == (2 if guidance == 1 else 4) * 6
+    assert cost.evaluations == (2 if guidance == 1 else 4) * 4
     other, _ = pipe.reconstruct(trajectory, guidance_scale=5.0 - guidance)
     assert relative_error(other, trajectory.clean) > 5e-3
     same, _ = pipe.reconstruct(trajectory, guidance_scale=guidance)

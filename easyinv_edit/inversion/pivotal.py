@@ -17,6 +17,7 @@ from torch import Tensor
 from easyinv_edit.denoiser import Denoiser, Half
 from easyinv_edit.errors import EasyInvWarning, NonFiniteError
 from easyinv_edit.inversion.base import OnLevel, frozen
+from easyinv_edit.schedule import require_finite
 from easyinv_edit.trajectory import Trajectory
 
 LOOSER_PER_STEP = 2e-5  # added to the tolerance at each of 50 steps, as the authors do
@@ -68,12 +69,14 @@ def fit_embeddings(method: str, denoiser: Denoiser, pivots: Trajectory, fit: Fit
         for level in range(steps, 0, -1):
             if on_level is not None:
                 on_level(level, z)
-            embeddings, z = _fit_level(denoiser, fit, embeddings, z, latents[level - 1], level)
+            embeddings, z = _fit_level(method, denoiser, fit, embeddings, z, latents[level - 1], level)
             fitted.append(embeddings)
     return torch.stack(fitted[::-1])
 
 
-def _fit_level(denoiser: Denoiser, fit: Fit, embeddings: Tensor, z: Tensor, pivot: Tensor, level: int) -> tuple[Tensor, Tensor]:
+def _fit_level(
+    method: str, denoiser: Denoiser, fit: Fit, embeddings: Tensor, z: Tensor, pivot: Tensor, level: int
+) -> tuple[Tensor, Tensor]:
     """(fitted embeddings, latents of the level below that they lead to)."""
     steps = len(denoiser.schedule)
     step = steps - level
@@ -87,7 +90,7 @@ def _fit_level(denoiser: Denoiser, fit: Fit, embeddings: Tensor, z: Tensor, pivo
     for iteration in range(fit.iterations + 1):
         with torch.set_grad_enabled(iteration < fit.iterations):
             down = _guided_step(denoiser, fit, u, z, fixed, active, level)
-            losses = (down - pivot[active]).square().flatten(1).mean(1)
+            losses = (require_finite(down, method, level - 1) - pivot[active]).square().flatten(1).mean(1)
         reached[active] = down.detach()
         going = losses.detach() > fit.enough(step, steps)
         active = [r for r, goes in zip(active, going.tolist(), strict=True) if goes]
@@ -95,7 +98,7 @@ def _fit_level(denoiser: Denoiser, fit: Fit, embeddings: Tensor, z: Tensor, pivo
             break
         before = u.detach().clone()
         (u.grad,) = torch.autograd.grad(losses[going].sum(), u)
-        _require_finite(u.grad, level)
+        _require_finite(u.grad, method, level)
         adam.step()
         stopped = [r for r in range(z.shape[0]) if r not in active]
         u.data[stopped] = before[stopped]  # Adam's momentum moves a row even without gradient
@@ -119,9 +122,11 @@ def _half(denoiser: Denoiser, half: Half) -> Denoiser:
     return Denoiser(denoiser.backbone, denoiser.schedule, chosen, (1.0,) * chosen.rows)
 
 
-def _require_finite(gradient: Tensor, level: int) -> None:
+def _require_finite(gradient: Tensor, method: str, level: int) -> None:
     if not bool(gradient.isfinite().all()):
-        raise NonFiniteError(f"the gradient at level {level} is not finite; load the model in dtype float32 (or bfloat16)")
+        raise NonFiniteError(
+            f"{method}: the gradient at level {level} is not finite; load the model in dtype float32 (or bfloat16)"
+        )
 
 
 def _speak_of_half_precision(denoiser: Denoiser, method: str) -> None:

@@ -87,7 +87,8 @@ class Proximal(InversionMethod):
                 return z
             pivot, rows = trajectory.latents[level][0].to(z), list(z)
             for r, mask in edited.items():
-                rows[r] = rows[r] - self.inversion_guidance * ~_dilated(mask, self.dilation) * (rows[r] - pivot)
+                drawn = torch.lerp(rows[r], pivot, self.inversion_guidance)
+                rows[r] = torch.where(_dilated(mask, self.dilation), rows[r], drawn)
             return torch.stack(rows)
 
         return replace(base, condition=condition, after=after)
@@ -95,7 +96,8 @@ class Proximal(InversionMethod):
     def _direction(self, edited: dict[int, Tensor], row: int) -> Callable[[Tensor], Tensor]:
         def threshold(direction: Tensor) -> Tensor:
             size = direction.abs()
-            limit = torch.quantile(size.flatten().float(), self.quantile).to(size)  # torch.quantile knows no half precision
+            exact = size.to(torch.promote_types(size.dtype, torch.float32))  # torch.quantile knows no half precision
+            limit = torch.quantile(exact.flatten(), self.quantile).to(size)
             edited[row] = size > limit if self.quantile else torch.ones_like(size, dtype=torch.bool)
             shrink = limit if self.norm == "l1" and self.quantile else 0.0
             return edited[row] * direction.sign() * (size - shrink)

@@ -61,7 +61,10 @@ class UNetBackbone:
 
     network: UNet2DConditionModel
     family: str = "sd"
-    device: torch.device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
 
     def predict(self, z: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
         with torch.no_grad():
@@ -145,7 +148,7 @@ def test_it_is_exact_with_a_random_network(
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize(
     ("kind", "guidance", "dtype"),
-    [("epsilon", 7.5, torch.float64), ("epsilon", 1.0, torch.float32), ("v_prediction", 7.5, torch.float32)],
+    [("epsilon", 7.5, torch.float64), ("v_prediction", 7.5, torch.float32)],
     ids=str,
 )
 def test_it_is_exact_with_a_random_network_over_many_steps(
@@ -190,7 +193,7 @@ def test_it_is_exact_on_a_schedule_or_says_that_it_cannot_serve_it(name: str, sc
 def test_obelm_refuses_zero_terminal_snr_and_names_what_serves_it() -> None:
     denoiser = toy(kind="v_prediction", **SCHEDULES["zero terminal SNR"])
     assert denoiser.schedule.signal[-1] == 0
-    with pytest.raises(ScheduleError, match="obelm.*edict"):
+    with pytest.raises(ScheduleError, match=r"obelm.*edict"):
         OBELM().invert(denoiser, smooth_latent())
     assert round_trip(EDICT(), denoiser) < 1e-10
 
