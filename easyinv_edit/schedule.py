@@ -69,18 +69,30 @@ class NoiseSchedule:
         """T, the number of steps."""
         return len(self.timesteps) - 1
 
-    def denoise(self, z: Tensor, output: Tensor, level: int) -> Tensor:
-        """One sampling step: latents of `level` (rows, C, H, W) and the raw model output there -> latents of `level - 1`."""
-        return self.keep[level] * z + self.push[level] * output
+    def denoise(self, z: Tensor, output: Tensor, level: int, deviation: float = 0.0) -> Tensor:
+        """One sampling step: latents of `level` (rows, C, H, W) and the raw model output there -> latents of `level - 1`.
 
-    def renoise(self, z: Tensor, output: Tensor, level: int) -> Tensor:
-        """The same line solved for its start: latents of `level - 1` and an output -> latents of `level`.
+        deviation: of the fresh noise the caller adds afterwards (sigma in DDIM's eq. 12); the predicted noise gives way to it,
+        so that the level keeps its variance.
+        """
+        keep, push = self._coefficients(level, deviation)
+        return keep * z + push * output
+
+    def renoise(self, z: Tensor, output: Tensor, level: int, deviation: float = 0.0) -> Tensor:
+        """The same line solved for its start: latents of `level - 1`, fresh noise taken off, and an output -> those of `level`.
 
         Exact where `output` is the one the sampler will see at `level`; using any other is the whole error of inversion. For
         epsilon prediction this equals diffusers' DDIMInverseScheduler; for v prediction it does not: theirs reads v at the
         cleaner level, this solves the sampler's own step.
         """
-        return (z - self.push[level] * output) / self.keep[level]
+        keep, push = self._coefficients(level, deviation)
+        return (z - push * output) / keep
+
+    def _coefficients(self, level: int, deviation: float) -> tuple[float, float]:
+        if not deviation:
+            return self.keep[level], self.push[level]
+        left = math.sqrt(self.noise[level - 1] ** 2 - deviation**2)
+        return _line(self.signal[level - 1], left, self.signal[level], self.noise[level], self.prediction_type)
 
     def epsilon(self, z: Tensor, output: Tensor, level: int) -> Tensor:
         """The noise that `output`, made on latents z of `level`, predicts."""
@@ -88,22 +100,19 @@ class NoiseSchedule:
             return output
         return self.signal[level] * output + self.noise[level] * z
 
-    def move(self, z: Tensor, epsilon: Tensor, start: int, end: int, deviation: float = 0.0) -> Tensor:
-        """Latents of level `start` -> of level `end`, up or down, along a predicted noise.
+    def with_epsilon(self, output: Tensor, change: Tensor, level: int) -> Tensor:
+        """The output whose predicted noise differs by `change`; the same output where a level without signal predicts none."""
+        if self.prediction_type == "epsilon":
+            return output + change
+        return output + change / self.signal[level] if self.signal[level] else output
 
-        For one level down or up and epsilon prediction this is `denoise` and `renoise`. deviation: of the fresh noise the
-        caller adds afterwards (DDIM's sigma, eq. 12); the predicted noise gives way to it so that the level keeps its variance.
+    def move(self, z: Tensor, epsilon: Tensor, start: int, end: int) -> Tensor:
+        """Latents of level `start`, which must have signal, -> of level `end`, up or down, along a predicted noise.
+
+        For one level down or up and epsilon prediction this is `denoise` and `renoise`.
         """
         ratio = self.signal[end] / self.signal[start]
-        return ratio * z + self._push(start, end, deviation) * epsilon
-
-    def unmove(self, z: Tensor, epsilon: Tensor, start: int, end: int, deviation: float = 0.0) -> Tensor:
-        """`move` solved for its start: latents of `end`, its fresh noise taken off, -> latents of `start`."""
-        return (z - self._push(start, end, deviation) * epsilon) * (self.signal[start] / self.signal[end])
-
-    def _push(self, start: int, end: int, deviation: float) -> float:
-        left = math.sqrt(self.noise[end] ** 2 - deviation**2)
-        return left - self.signal[end] * self.noise[start] / self.signal[start]
+        return ratio * z + (self.noise[end] - ratio * self.noise[start]) * epsilon
 
     def deviation(self, level: int, eta: float) -> float:
         """DDIM's sigma of the step from `level` down (eq. 16): eta 0 is deterministic, 1 is DDPM's ancestral sampling."""

@@ -16,9 +16,7 @@ def ancestral_sampler(noises: Tensor, eta: float, start: int | None = None) -> S
     """
 
     def step(denoiser: Denoiser, z: Tensor, companion: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
-        schedule = denoiser.schedule
-        epsilon = schedule.epsilon(z, denoiser(z, level), level)
-        mean = schedule.move(z, epsilon, level, level - 1, schedule.deviation(level, eta))
-        return mean + noises[level - 1].to(z), companion
+        deviation = denoiser.schedule.deviation(level, eta)
+        return denoiser.schedule.denoise(z, denoiser(z, level), level, deviation) + noises[level - 1].to(z), companion
 
     return Sampler(step=step, start=start)

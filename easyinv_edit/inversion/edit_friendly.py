@@ -51,8 +51,7 @@ class EditFriendly(InversionMethod):
 
         def step(z: Tensor, level: int) -> Tensor:
             x = schedule.add_noise(z0, draw(z0, generator), level)
-            epsilon = schedule.epsilon(x, denoiser(x, level), level)
-            noises.append(z - schedule.move(x, epsilon, level, level - 1, schedule.deviation(level, self.eta)))
+            noises.append(z - schedule.denoise(x, denoiser(x, level), level, schedule.deviation(level, self.eta)))
             return x
 
         trajectory = climb(self, denoiser, z0, step, on_level, guidance_matters=False)
@@ -65,4 +64,4 @@ class EditFriendly(InversionMethod):
     def sampler(self, trajectory: Trajectory) -> Sampler:
         """DDPM's steps with the stored noises, from the level that `skip` leaves."""
         steps = len(trajectory.schedule)
-        return ancestral_sampler(trajectory.extras["noises"], self.eta, start=max(1, steps - int(self.skip * steps)))
+        return ancestral_sampler(trajectory.extras["noises"], self.eta, start=max(1, steps - int(self.skip * steps + 1e-9)))

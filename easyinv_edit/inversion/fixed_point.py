@@ -5,8 +5,8 @@ Pan, Gherardi, Xie and Huang, "Effective Real Image Editing with Accelerated Ite
 z_{i-1} exactly. F contracts slowest at low noise and with few steps; guidance above 1 can make it expand.
 
 No code of the paper is public. Anderson's scheme is its AIDI_A with memory 2 in the standard least-squares form; "empirical"
-is its AIDI_E, x <- (F(x) + F(x_before)) / 2, which the EasyInv paper runs as its baseline. Where F contracts, AIDI_E is slower
-than no acceleration (averaging halves the rate), and Anderson faster than both at the same cost.
+is its AIDI_E, x <- (F(x) + F(x_before)) / 2, which the EasyInv paper runs as its baseline. AIDI_E pays where F oscillates, and
+is slower than no acceleration where it contracts steadily; Anderson is faster than both at the same cost.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, O
 from easyinv_edit.trajectory import Trajectory
 
 MEMORY = 2  # of Anderson's scheme; more gains nothing measurable
+NOTICEABLE = 1e-3  # residuals below are not warned of where the map expands,
+FAR, ENOUGH = 0.1, 5  # nor those below this where it contracts but slowly, nor after fewer iterations
 RIDGE = 1e-8  # relative; keeps the least-squares problem solvable where iterates coincide
 
 
@@ -72,29 +74,29 @@ class FixedPoint(InversionMethod):
         return num_inference_steps * (1 + self.iterations) * (1 + guided)
 
     def _solve(self, denoiser: Denoiser, z: Tensor, level: int) -> tuple[Tensor, Tensor, bool]:
-        """(the best iterate, its residual per row, whether some row's residual grew twice in a row)."""
+        """(the best iterate, its residual per row, whether the map does not contract in some row)."""
         x, best = z, z
         least = last = torch.full((z.shape[0],), torch.inf, dtype=z.dtype, device=z.device)
-        grew = torch.zeros_like(last)
-        first: Tensor | None = None
-        expands = False
+        stuck = torch.zeros_like(last)
+        ever_stuck = torch.zeros_like(last, dtype=torch.bool)
         pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=MEMORY + 1)
         for _ in range(1 + self.iterations):
             image = denoiser.schedule.renoise(z, denoiser(x, level), level)
-            residual = (image - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-12)
-            best = torch.where(_rows(residual < least), image, best)
+            residual = _norm(image - x) / _norm(x).clamp_min(1e-12)
+            best = torch.where(_rows((residual < least) | least.isinf()), image, best)  # what is not a number ends the climb
             least = torch.fmin(least, residual)
-            first = residual if first is None else first
-            grew = torch.where(residual > torch.maximum(last, first / 2), grew + 1, 0.0)  # less may be rounding
-            expands = expands or bool((grew >= 2).any())
+            if pairs:
+                stuck = torch.where(_norm(image - pairs[-1][1]) > 0.99 * _norm(x - pairs[-1][0]), stuck + 1, 0.0)
+                ever_stuck |= stuck >= 2
             if self.tolerance and bool((least < self.tolerance).all()):
                 break
             pairs.append((x, image))
             proposal = torch.where(_rows(residual < last), self._next(pairs), image)  # a step that failed: back to plain
-            proposal = torch.where(_rows(grew >= 2), (x + image) / 2, proposal)
+            proposal = torch.where(_rows(stuck >= 2), (x + image) / 2, proposal)
             x = torch.where(_rows(least < self.tolerance), x, proposal)
             last = residual
-        return best, least, expands
+        slow = (least > FAR) & (self.iterations >= ENOUGH)
+        return best, least, bool((slow | (ever_stuck & (least > NOTICEABLE))).any())
 
     def _next(self, pairs: deque[tuple[Tensor, Tensor]]) -> Tensor:
         image = pairs[-1][1]
@@ -119,6 +121,10 @@ def _anderson(pairs: deque[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.where(proposal.isfinite(), proposal, images[-1])
 
 
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
 def _rows(flags: Tensor) -> Tensor:
     return flags[:, None, None, None]
 
@@ -127,8 +133,8 @@ def _warn(levels: list[int], guidance: float, residual: float) -> None:
     where = ", ".join(map(str, levels[:5])) + (" ..." if len(levels) > 5 else "")
     remedy = "invert at guidance 1" if guidance > 1 else "use more steps, or another method"
     warnings.warn(
-        f"fixed_point: the iteration does not contract at level {where} (largest residual {residual:.1e}), so the best iterate "
-        f"was kept and is no exact inverse; {remedy}",
+        f"fixed_point: the iteration does not contract at level {where}, or too slowly (largest residual "
+        f"{residual:.1e}), so the best iterate was kept; {remedy}",
         EasyInvWarning,
         stacklevel=3,
     )

@@ -13,6 +13,7 @@ starts with DDIM's step.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -31,8 +32,9 @@ from easyinv_edit.trajectory import Trajectory
 class OBELM(InversionMethod):
     """O-BELM (arXiv 2410.07273). Has no settings.
 
-    Its sampler is its own. Extra: one latent, `extras["correction"]` (1, rows, C, H, W). Raises ScheduleError on schedules with
-    zero terminal SNR, whose last step is infinitely long in its coordinates. Cost: one evaluation per level and one more.
+    Its sampler is its own. Extra: one latent, `extras["correction"]` (1, rows, C, H, W). With few steps the ratio of the first
+    steps is large and z_T far from unit deviation. Raises ScheduleError on schedules with zero terminal SNR, whose last step is
+    infinitely long in its coordinates, or with a first step of no length. Cost: one evaluation per level and one more.
     """
 
     name: ClassVar[str] = "obelm"
@@ -43,7 +45,10 @@ class OBELM(InversionMethod):
     ) -> Trajectory:
         """Invert clean latents z0 (rows, C, H, W)."""
         if denoiser.schedule.signal[-1] <= 0:
-            raise ScheduleError("obelm: this schedule ends without signal (zero terminal SNR); use edict or fixed_point")
+            raise ScheduleError("obelm: this schedule ends without signal (zero terminal SNR); use bdia or fixed_point")
+        rising = [n / s for n, s in zip(denoiser.schedule.noise, denoiser.schedule.signal, strict=True)]
+        if any(later <= earlier for earlier, later in pairwise(rising)):
+            raise ScheduleError("obelm: two levels of this schedule have the same noise; set steps_offset=1, or use bdia")
         return climb_pairs(self, denoiser, z0, self._up, on_level)
 
     def evaluations(self, num_inference_steps: int, guided: bool = False) -> int:

@@ -2,7 +2,7 @@
 arXiv 2302.03027).
 
 Two gradient steps per round: the distribution of small patches is drawn toward that of a target prediction, then correlations
-between shifted copies, at several scales, are reduced. Always in float32 or better; row by row, so rows stay independent.
+between shifted copies, at several scales, are reduced. Always in float32; row by row, so rows stay independent.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ Where this differs from the authors' code, and why:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ from easyinv_edit.trajectory import Trajectory
 
 
 def _average(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if not weights or min(weights) < 0 or sum(weights) <= 0:
+    if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
         raise ValueError("should hold one weight per evaluation, none negative and not all 0, e.g. [0, 1, 1]")
     return weights
 
@@ -66,6 +67,7 @@ PRESETS = {
 }
 """The authors' SDXL-Turbo defaults and their 50-step examples, unused evaluations left out."""
 FEW_STEPS = 8  # preset "auto": up to so many steps are a few-step model's
+AREA = 64 * 64  # of the latents the authors' step size is for; the gradient of a mean falls with the area
 LOW_NOISE = 0.25  # share of the levels that count as low noise, where the iteration converges slowest
 
 
@@ -76,9 +78,9 @@ class ReNoise(InversionMethod):
     preset: "few_step" (Turbo: 10 predictions, regularised, ancestral, corrected), "many_step" (2 predictions, nothing else), by
     default few_step up to 8 steps. The others override the preset: weights: of the predictions at iterations 0, 1, ..., one
     evaluation each; low_noise_weights: the same in the lowest quarter of the levels; regularisation: rounds of the noise
-    regulariser, 0 turning it off; correlation_strength, patch_strength: its two step sizes (the paper's lambda_pair and
-    lambda_patch-KL); eta: stochasticity of the sampler in [0, 1]; noise_correction: how far noise may be moved to fit, as a
-    share of its norm, 0 for not at all; needs eta above 0.
+    regulariser, 0 turning it off; correlation_strength, patch_strength: its two step sizes (the paper's lambda_pair, for
+    latents of 64 x 64 and scaled with their area, and lambda_patch-KL); eta: stochasticity of the sampler in [0, 1];
+    noise_correction: how far noise may be moved to fit, as a share of its norm, 0 for not at all; needs eta above 0.
 
     Not exact: it reduces DDIM inversion's error. With eta above 0 the noises travel as `extras["noises"]` (T, rows, C, H, W)
     and come from the generator. Cost per level: one evaluation per weight, one more to regularise and one more to correct.
@@ -88,8 +90,8 @@ class ReNoise(InversionMethod):
     weights: Weights | None = None
     low_noise_weights: Weights | None = None
     regularisation: Annotated[int, Field(ge=0, le=100)] | None = None
-    correlation_strength: Annotated[float, Field(ge=0)] = 20.0
-    patch_strength: Annotated[float, Field(ge=0)] = 0.065
+    correlation_strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    patch_strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.065
     eta: Share | None = None
     noise_correction: Share | None = None
 
@@ -153,22 +155,24 @@ class ReNoise(InversionMethod):
         schedule, weights = denoiser.schedule, _weights(chosen, level, len(denoiser.schedule))
         deviation = schedule.deviation(level, chosen.eta)
 
-        def up(epsilon: Tensor) -> Tensor:
-            return schedule.unmove(z - noise, epsilon, level, level - 1, deviation)
+        def up(output: Tensor) -> Tensor:
+            return schedule.renoise(z - noise, output, level, deviation)
 
-        def healthy(epsilon: Tensor) -> Tensor:
+        def healthy(output: Tensor, x: Tensor) -> Tensor:
             if target is None:
-                return epsilon
-            strengths = (self.correlation_strength, self.patch_strength)
-            return _accepted(regularise(epsilon, target, chosen.regularisation, *strengths, rolls), epsilon, level)
+                return output
+            epsilon = schedule.epsilon(x, output, level)
+            strengths = (self.correlation_strength * x[0, 0].numel() / AREA, self.patch_strength)
+            update = _accepted(regularise(epsilon, target, chosen.regularisation, *strengths, rolls), epsilon, level)
+            return schedule.with_epsilon(output, update - epsilon, level)
 
         x, total, weight = z, torch.zeros_like(z), 0.0
         for k, own in enumerate(weights):
-            epsilon = schedule.epsilon(x, denoiser(x, level), level)
-            total, weight = total + own * epsilon, weight + own
+            output = denoiser(x, level)
+            total, weight = total + own * output, weight + own
             if k + 1 < len(weights):
-                x = up(healthy(epsilon) if weight else epsilon)
-        return up(healthy(total / weight))
+                x = up(healthy(output, x) if weight else output)
+        return up(healthy(total / weight, x))
 
 
 def _weights(chosen: Preset, level: int, steps: int) -> Sequence[float]:
@@ -192,8 +196,7 @@ def _corrected(denoiser: Denoiser, x: Tensor, z: Tensor, noise: Tensor, level: i
     if not (chosen.eta and chosen.noise_correction):
         return noise
     schedule, deviation = denoiser.schedule, denoiser.schedule.deviation(level, chosen.eta)
-    epsilon = schedule.epsilon(x, denoiser(x, level), level)
-    missing = z - schedule.move(x, epsilon, level, level - 1, deviation) - noise
+    missing = z - schedule.denoise(x, denoiser(x, level), level, deviation) - noise
     reach = chosen.noise_correction * deviation * (x[0].numel() ** 0.5)
     norm = missing.flatten(1).norm(dim=1).clamp_min(1e-12)
     return noise + (reach / norm).clamp(max=1)[:, None, None, None] * missing
