@@ -88,6 +88,7 @@ def test_words_are_counted_against_the_true_edit(
     assert all((o.target, o.kept) == (target, pytest.approx(kept)) for o in outcomes)
 
 
+@pytest.mark.filterwarnings("ignore:fixed_point:easyinv_edit.errors.EasyInvWarning")
 def test_the_bounds_are_those_of_the_pictures_alone(untrained: EditPipeline) -> None:
     """Neither the inversion nor the guidance of the edits enters them; the lower one is plain arithmetic on renders."""
     outcomes, other = scored(untrained)[0], scored(untrained, inversion="fixed_point", guidance_scale=1.0)[0]

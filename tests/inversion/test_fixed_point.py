@@ -84,6 +84,7 @@ def test_by_default_it_is_anderson_with_five_iterations() -> None:
     assert FixedPoint() == FixedPoint(acceleration="anderson", iterations=5, tolerance=0)
 
 
+@pytest.mark.filterwarnings("ignore:fixed_point:easyinv_edit.errors.EasyInvWarning")
 def test_averaging_pays_where_the_map_oscillates() -> None:
     """There F has a negative eigenvalue, and the average of two images is nearer to the fixed point than either."""
 
