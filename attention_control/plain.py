@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from attention_control.routes import Route
+from attention_control.run import Program, Run
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -17,6 +17,6 @@ class NoControl:
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "-"
 
-    def routes(self) -> tuple[Route, ...]:
-        """No routes."""
-        return ()
+    def program(self, run: Run) -> Program:
+        """Nothing."""
+        return Program()

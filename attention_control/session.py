@@ -4,6 +4,7 @@
         for step, t in enumerate(timesteps):
             with session.step(step, streams):
                 unet(...)
+            targets = session.after(step, source, targets)
 
 The loop says which step it is and what its batch holds; nothing here counts attention calls. All run state lives in the
 session, so a controller can be used again and gives the same result.
@@ -11,41 +12,66 @@ session, so a controller can be used again and gives the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from attention_control.attach import attached, watched
+from attention_control.cross_maps import CrossMaps
 from attention_control.errors import ControlError
-from attention_control.processor import RoutedProcessor, RowPlan
-from attention_control.routes import Route, Supplier
-from attention_control.sites import ALLOWED, AttentionSite, list_sites, select_sites
+from attention_control.plans import CrossCall, row_plan
+from attention_control.processor import RowPlan
+from attention_control.reference_cache import ReferenceCache
+from attention_control.routes import Route
+from attention_control.run import Program, Run
+from attention_control.sites import AttentionSite
 from attention_control.streams import Streams
+from attention_control.words import Words
 
 
 class Controller(Protocol):
-    """A frozen dataclass of settings that says which routes it wants."""
+    """A frozen dataclass of settings that says what it wants done."""
 
-    def routes(self) -> tuple[Route, ...]:
-        """The routes, at most one per site and step."""
+    def program(self, run: Run) -> Program:
+        """What to do in a run; at most one route per site and step."""
 
 
 @dataclass
 class Session:
     """The state of one controlled run: where each route acts and what the current UNet call holds."""
 
+    program: Program
+    run: Run
     routes: dict[str, list[Route]]
-    num_steps: int
-    _plans: dict[str, RowPlan] = field(default_factory=dict)
-    _batch: int | None = None
+    sites: dict[str, AttentionSite]
+    maps: CrossMaps
+    map_paths: frozenset[str]
+    reference: ReferenceCache | None = None
+    device: torch.device | None = None
+    _step: int = -1
+    _streams: Streams | None = None
+    _active: dict[str, Route] = field(default_factory=dict)
     _fired: set[str] = field(default_factory=set)
 
+    @property
+    def num_steps(self) -> int:
+        """T of the run."""
+        return self.run.num_steps
+
     def reads_source(self, step: int) -> bool:
-        """Whether any site needs the source's rows at `step`; where not, a pinned source need not be evaluated."""
-        return any(route.active(step, self.num_steps) for routes in self.routes.values() for route in routes)
+        """Whether the source's rows are needed at `step`; where not, a pinned source need not be evaluated."""
+        live = any(f.active(step, self.num_steps) for f in self.program.features)
+        live = live or any(edit.active(step) and edit.reads_source for edit in self.program.cross) or self.program.wants_maps
+        return live or (self._routed(step) and not self._cached(step))
+
+    def reads_both_halves(self, step: int) -> bool:
+        """Whether targets read the source in their own half of guidance at `step`, so that a guided source needs both."""
+        reading = [r for r in self._routes_at(step) if r.reads and r.halves == "both"]
+        return bool(reading) and not self._cached(step)
 
     @contextmanager
     def step(self, step: int, streams: Streams) -> Iterator[None]:
@@ -59,83 +85,144 @@ class Session:
                 f"step {step} is none of the run's 0 to {self.num_steps - 1}; attach with the run's own num_steps"
             )
         active = {path: r for path, routes in self.routes.items() for r in routes if r.active(step, self.num_steps)}
-        self._plans = {path: _row_plan(route, streams) for path, route in active.items()} if streams.targets else {}
-        self._batch, self._fired = len(streams), set()
+        self._active = active if streams.targets else {}
+        self._step, self._streams, self._fired = step, streams, set()
+        if self.reference is not None and self.device is not None:
+            self.reference.fetch(step, self.device)
+            self.reference.fetch(step + 1, self.device)
+        self._require_sources()
         try:
             yield
-            if missed := set(self._plans) - self._fired:
+            if missed := set(self._active) - self._fired:
                 raise ControlError(
                     f"attention control was bypassed at {sorted(missed)[0]} and {len(missed) - 1} more sites: something "
                     "replaced the processors (attention slicing, for one); leave them alone while an edit runs"
                 )
         finally:
-            self._plans, self._batch = {}, None
+            self._active, self._streams = {}, None
+
+    def after(self, step: int, source: Tensor, targets: Tensor) -> Tensor:
+        """Latents of the targets (n, C, H, W) to go on with after `step`; source (1, C, H, W) is of the same level."""
+        for blend in self.program.blends:
+            targets = blend(step, source, targets, self.maps)
+        return targets
 
     def plan_for(self, path: str, batch_rows: int) -> RowPlan | None:
         """What the processor at `path` routes in the call at hand; None outside of `step` and where no route is active."""
-        plan = self._plans.get(path)
-        if plan is not None and batch_rows != self._batch:
-            raise ControlError(f"the UNet was called with {batch_rows} rows, but the step declared {self._batch}")
+        route = self._active.get(path)
+        if route is not None and self._streams is not None and batch_rows != len(self._streams):
+            raise ControlError(f"the UNet was called with {batch_rows} rows, but the step declared {len(self._streams)}")
         self._fired.add(path)
-        return plan
+        if route is None or self._streams is None:
+            return None
+        reference = self._reference(path)
+        return row_plan(route, self._streams, reference, self._size(path), self.maps)
 
+    def cross_plan(self, path: str, batch_rows: int) -> CrossCall | None:
+        """What the processor at `path` watches and changes; None outside of `step`."""
+        if self._streams is None or not self._streams.targets:
+            return None
+        edits = [edit for edit in self.program.cross if edit.active(self._step)]
+        recording = path in self.map_paths
+        if not edits and not recording:
+            return None
+        if batch_rows != len(self._streams):
+            raise ControlError(f"the UNet was called with {batch_rows} rows, but the step declared {len(self._streams)}")
+        return CrossCall(self._step, self._streams, edits, self.maps if recording else None, self._size(path))
 
-def _row_plan(route: Route, streams: Streams) -> RowPlan:
-    def rows(supplier: Supplier) -> list[int]:
-        return [i if supplier == "own" else streams.source_of(i) for i in range(len(streams))]
+    def copies(self, path: str) -> bool:
+        """Whether the output of the module at `path` is copied from the source in the call at hand."""
+        at = self._streams is not None and bool(self._streams.targets)
+        return at and any(f.path == path and f.active(self._step, self.num_steps) for f in self.program.features)
 
-    return RowPlan(rows(route.query), rows(route.key), rows(route.value), route.share)
+    @property
+    def streams(self) -> Streams:
+        """The rows of the call at hand."""
+        assert self._streams is not None
+        return self._streams
+
+    def record(self, path: str, hidden_states: Tensor) -> None:
+        """A controlled run keeps nothing."""
+
+    def _routes_at(self, step: int) -> list[Route]:
+        return [r for routes in self.routes.values() for r in routes if r.active(step, self.num_steps)]
+
+    def _routed(self, step: int) -> bool:
+        return any(route.reads for route in self._routes_at(step))
+
+    def _cached(self, step: int) -> bool:
+        paths = [p for p, routes in self.routes.items() if any(r.active(step, self.num_steps) for r in routes)]
+        return self.reference is not None and self.reference.holds(step, paths)
+
+    def _reference(self, path: str) -> tuple[Streams, Tensor] | None:
+        """Cached source rows for a call that has none of its own."""
+        assert self._streams is not None
+        if self.reference is None or any(row.role == "source" for row in self._streams.rows):
+            return None
+        return self.reference.get(self._step, path)
+
+    def _require_sources(self) -> None:
+        assert self._streams is not None
+        reading = any(route.reads for route in self._active.values())
+        if reading and not self._cached(self._step):
+            self._streams.source_of(self._streams.targets[0])
+
+    def _size(self, path: str) -> tuple[int, int]:
+        return self.sites[path].grid(self.run.latent_size)
 
 
 @contextmanager
-def controlled(unet: nn.Module, controller: Controller, *, num_steps: int, latent_size: tuple[int, int]) -> Iterator[Session]:
-    """Route the attention of `unet` inside the block; its own processors are back afterwards, whatever happens inside.
+def controlled(
+    unet: nn.Module,
+    controller: Controller,
+    *,
+    num_steps: int,
+    latent_size: tuple[int, int],
+    first_step: int = 0,
+    words: Sequence[Words] = (),
+    read_mask: Callable[[Any], Tensor] | None = None,
+    reference: ReferenceCache | None = None,
+) -> Iterator[Session]:
+    """Control the attention of `unet` inside the block; its own processors are back afterwards, whatever happens inside.
 
-    unet: a diffusers UNet; num_steps: T of the run; latent_size: (height, width) of its latents. Raises ControlError where a
-    route finds no site, two routes meet at one site and step, the UNet is already controlled, or its projections are fused.
-    Sites without a route keep the user's own processor objects (IP-Adapter, LoRA, attention backends) untouched.
+    unet: a diffusers UNet; num_steps: T of the run; latent_size: (height, width) of its latents; first_step: where sampling
+    starts; words: of the source's prompt and of each target's, for controllers that point at words; read_mask: turns what a
+    controller holds as a mask into a tensor; reference: source rows computed before, for calls without source rows. Raises
+    ControlError where a route finds no site, two routes meet at one site and step, the UNet is already controlled, or its
+    projections are fused. Sites without a route keep the user's own processor objects (IP-Adapter, LoRA, attention backends)
+    untouched.
     """
-    sites = list_sites(unet)
-    chosen = _assign(controller.routes(), sites, latent_size, num_steps)
-    routed = [site for site in sites if site.path in chosen]
-    _refuse_unusable(routed, sites)
-    session = Session({site.path: chosen[site.path] for site in routed}, num_steps)
-    originals: dict[str, Any] = {site.path: site.module.processor for site in routed}
-    try:
-        for site in routed:
-            site.module.set_processor(RoutedProcessor(site.path, originals[site.path], session))
+    run = Run(num_steps, latent_size, first_step, tuple(words), read_mask)
+    program = controller.program(run)
+    with attached(unet, program, run, Session, reference) as session:
         yield session
-    finally:
-        for site in routed:
-            site.module.set_processor(originals[site.path])
 
 
-def _assign(
-    routes: Sequence[Route], sites: Sequence[AttentionSite], latent_size: tuple[int, int], num_steps: int
-) -> dict[str, list[Route]]:
-    chosen: dict[str, list[Route]] = {}
-    for route in routes:
-        found = select_sites(sites, route.sites, latent_size)
-        if not found:
-            raise ControlError(
-                f"sites {route.sites!r} match none of the UNet's {len(sites)} self-attention sites; write {ALLOWED}"
-            )
-        if not any(route.active(step, num_steps) for step in range(num_steps)):
-            raise ControlError(f"steps {route.start} to {route.stop} hold none of the run's {num_steps} steps; start earlier")
-        for site in found:
-            _refuse_overlap(route, chosen.setdefault(site.path, []), site, num_steps)
-            chosen[site.path].append(route)
-    return chosen
+@dataclass
+class Recorder:
+    """Keeps what the sources put into sites. Say with `at` which step each row of the next UNet call belongs to."""
+
+    cache: ReferenceCache
+    _steps: Sequence[int] = ()
+
+    def at(self, steps: Sequence[int]) -> None:
+        """The steps of the next call's rows, in groups of the cache's own rows; a step seen again is kept anew."""
+        self._steps = steps
+
+    def plan_for(self, path: str, batch_rows: int) -> RowPlan | None:
+        """Nothing is routed."""
+        return None
+
+    def record(self, path: str, hidden_states: Tensor) -> None:
+        """Keep each step's rows."""
+        per_step = len(self.cache.rows)
+        for number, step in enumerate(self._steps):
+            self.cache.put(step, path, hidden_states[number * per_step : (number + 1) * per_step])
 
 
-def _refuse_overlap(route: Route, others: Sequence[Route], site: AttentionSite, num_steps: int) -> None:
-    for step in range(num_steps):
-        if route.active(step, num_steps) and any(other.active(step, num_steps) for other in others):
-            raise ControlError(f"two routes meet at {site.path} at step {step}; give them different sites or steps")
-
-
-def _refuse_unusable(routed: Sequence[AttentionSite], sites: Sequence[AttentionSite]) -> None:
-    if any(isinstance(site.module.processor, RoutedProcessor) for site in sites):
-        raise ControlError("this UNet is already under attention control; finish that edit first, or use a second UNet")
-    if any(isinstance(site.module.processor, FusedAttnProcessor2_0) for site in routed):
-        raise ControlError("the UNet's attention projections are fused; call unfuse_qkv_projections() before editing")
+@contextmanager
+def recording(unet: nn.Module, paths: Sequence[str], cache: ReferenceCache) -> Iterator[Recorder]:
+    """Fill a cache with what goes into the self-attention sites at `paths` during the UNet calls inside the block."""
+    recorder = Recorder(cache)
+    with watched(unet, paths, recorder):
+        yield recorder

@@ -33,9 +33,14 @@ class AttentionSite:
     downscale: int
     module: Any
 
+    def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the site for a latent of (height, width)."""
+        height, width = (math.ceil(side / self.downscale) for side in latent_size)
+        return height, width
+
     def tokens(self, latent_size: tuple[int, int]) -> int:
         """How many queries the site has for a latent of (height, width)."""
-        height, width = (math.ceil(side / self.downscale) for side in latent_size)
+        height, width = self.grid(latent_size)
         return height * width
 
 

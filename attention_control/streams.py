@@ -14,7 +14,7 @@ Half = Literal["unconditional", "conditional"]
 
 @dataclass(frozen=True)
 class StreamRow:
-    """One row: source or target, which of the targets (0 for the source), and which half of its guidance pair."""
+    """One row: source or target, which of them (a second source, 1, is the style's), and which half of its guidance pair."""
 
     role: Role
     index: int
@@ -23,7 +23,7 @@ class StreamRow:
 
 @dataclass(frozen=True)
 class Streams:
-    """The rows of one UNet call, in batch order. Any number of targets, guided or not; at most one source."""
+    """The rows of one UNet call, in batch order. Any number of targets, guided or not; at most two sources."""
 
     rows: tuple[StreamRow, ...]
 
@@ -35,19 +35,20 @@ class Streams:
         """Batch positions of all target rows."""
         return [i for i, row in enumerate(self.rows) if row.role == "target"]
 
-    def source_of(self, position: int) -> int:
-        """The batch position of the source row that a row reads.
+    def source_of(self, position: int, index: int = 0) -> int:
+        """The batch position of the row of source `index` that a row reads.
 
         A source row reads itself. A target row reads the source row of its own guidance half where there is one, else the
         only source row: that is exact where the source's prompt makes both halves equal. Raises ControlError where the
-        batch holds no source.
+        batch holds no such source.
         """
         row = self.rows[position]
-        if row.role == "source":
+        if row.role == "source" and row.index == index:
             return position
-        found = {source.half: i for i, source in enumerate(self.rows) if source.role == "source"}
+        found = {s.half: i for i, s in enumerate(self.rows) if (s.role, s.index) == ("source", index)}
         if not found:
-            raise ControlError("the batch has no source row to read from; keep the source branch in the sampled rows")
+            what = "source row" if index == 0 else "style row (a second source)"
+            raise ControlError(f"the batch has no {what} to read from; keep the source branch in the sampled rows")
         return found.get(row.half, next(iter(found.values())))
 
 

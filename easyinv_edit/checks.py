@@ -57,6 +57,16 @@ def guidance(method: str, fitted: float | None, used: float) -> None:
         )
 
 
+def sources(given: Sequence[Trajectory], backbone: Any, name: str, wanted: int, control: str) -> None:
+    """That the sources of an edit go with the model, and are as many as its controller reads."""
+    if len(given) < wanted:
+        raise InputError(f"{control}: reads a second inversion, of a style picture; give it as `style`")
+    if len(given) > wanted:
+        raise InputError(f"{control}: reads no second inversion; leave `style` out, or use the portrait controller")
+    for each in given:
+        trajectory(each, backbone, name)
+
+
 def trajectory(given: Trajectory, backbone: Any, name: str) -> None:
     """That an inversion was made by this model, on its schedule, from one image. Raises TrajectoryError."""
     if given.model and not same_model(given.model, backbone.identity()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ def problems(error: ValidationError, method: type[Any]) -> list[tuple[str, str]]
             lines[key] = (
                 f"{key}: unknown setting of {method.name}; allowed: {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
             )
+        elif item["type"] in ("missing", "missing_argument"):
+            lines[key] = f"{key}: is missing; {method.name} needs it"
         else:
             lines.setdefault(key, f"{key}: {plain(item)}")
     return list(lines.items())
@@ -71,5 +74,15 @@ def describe(method: Any) -> dict[str, Any]:
     content = {f.name: getattr(method, f.name) for f in fields}
     return {
         "name": getattr(method, "name", type(method).__name__),
-        **{key: describe(value) if dataclasses.is_dataclass(value) else value for key, value in content.items()},
+        **{key: _described(value) for key, value in content.items()},
     }
+
+
+def _described(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return describe(value)
+    if isinstance(value, tuple | list) and any(dataclasses.is_dataclass(item) for item in value):
+        return [_described(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float | list | tuple | dict):
+        return value
+    return str(value) if isinstance(value, os.PathLike) else f"({type(value).__name__} in memory)"

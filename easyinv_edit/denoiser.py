@@ -36,8 +36,11 @@ class Backbone(Protocol):
     def device(self) -> torch.device:
         """Where tensors given to the model must live."""
 
-    def predict(self, z: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
-        """Raw model output (rows, C, H, W) in the latents' dtype, whatever the network's; cost: one evaluation a row."""
+    def predict(self, z: Tensor, timestep: int | Tensor, conditioning: Conditioning) -> Tensor:
+        """Raw model output (rows, C, H, W) in the latents' dtype, whatever the network's; cost: one evaluation a row.
+
+        timestep: one for all rows, or a tensor with one per row.
+        """
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (rows, 3, H, W) in [-1, 1] -> clean latents, by the posterior's mode."""

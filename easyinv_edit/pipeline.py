@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +22,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from attention_control import CONTROLLERS, Controller, controlled
+from attention_control import CONTROLLERS, Controller, ReferenceCache, Run
 from easyinv_edit import checks
 from easyinv_edit import images as pictures
 from easyinv_edit.backbones import load_pipeline, wrap
 from easyinv_edit.choices import build, describe
 from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Denoiser
+from easyinv_edit.editing import Editing
 from easyinv_edit.errors import InputError
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
+from easyinv_edit.mask_files import reader
 from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
-from easyinv_edit.rows import laid_out, source_scale, start_rows, streams_of
-from easyinv_edit.sampling import Sampler, sample
+from easyinv_edit.rows import source_scale, start_rows, words_of
+from easyinv_edit.sampling import sample
+from easyinv_edit.source_features import kept_while_inverting, readable
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -96,6 +100,7 @@ class EditPipeline:
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
         generator: Generators = None,
+        keep_features: str | Mapping[str, Any] | Controller | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> Trajectory:
         """Turn an image into a trajectory of latents.
@@ -103,13 +108,15 @@ class EditPipeline:
         image: path, PIL picture, array (H, W, C) or tensor (C, H, W); prompt: what it shows, may be empty; method: a name of
         `INVERSIONS`, a mapping with "name" and settings, or an object; guidance_scale: 1 is right for nearly everyone;
         size: picture side or (height, width) in pixels, by default what the model was trained for; fit: how the image is
-        brought to that size; generator: of the methods that draw noise; callback_on_step_end: observes, cannot change the
-        latents. Raises ImageError or InputError on bad input. Cost: the method's `evaluations(num_inference_steps)`, about
-        twice that with guidance.
+        brought to that size; generator: of the methods that draw noise; keep_features: a controller whose source features are
+        kept for edits with `source_features="inversion"`; callback_on_step_end: observes, cannot change the latents. Raises
+        ImageError or InputError on bad input. Cost: the method's `evaluations(num_inference_steps)`, about twice that with
+        guidance.
         """
         options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         options |= {"negative_prompt": negative_prompt, "size": size, "fit": fit, "generator": generator}
-        return self.invert_batch([image], [prompt], method, callback_on_step_end=callback_on_step_end, **options)[0]
+        options |= {"keep_features": keep_features, "callback_on_step_end": callback_on_step_end}
+        return self.invert_batch([image], [prompt], method, **options)[0]
 
     @torch.no_grad()
     def invert_batch(
@@ -124,6 +131,7 @@ class EditPipeline:
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
         generator: Generators = None,
+        keep_features: str | Mapping[str, Any] | Controller | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> list[Trajectory]:
         """Invert several images in one batch: faster than one by one where the device has room for it.
@@ -147,8 +155,10 @@ class EditPipeline:
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, level - 1, schedule.timesteps[level], {"latents": z})
 
-            batch = chosen.invert(denoiser, z0, on_level, generator)
-        rows = replace(batch, model={**self.backbone.identity(), "name": self.name}, cost=cost).rows()
+            with self._kept(denoiser, z0, chosen, keep_features) as (inverting, features):
+                batch = chosen.invert(inverting, z0, on_level, generator)
+        identity = {**self.backbone.identity(), "name": self.name}
+        rows = replace(batch, model=identity, cost=cost, features=features).rows()
         facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, strict=True)
         return [replace(row, prompt=words, source=source, fit=record.as_dict()) for row, words, source, (_, record) in facts]
 
@@ -159,6 +169,9 @@ class EditPipeline:
         prompt: str | Sequence[str],
         *,
         control: str | Mapping[str, Any] | Controller = "masactrl",
+        style: Trajectory | None = None,
+        source_features: str | ReferenceCache = "auto",
+        batch_size: int | None = None,
         guidance_scale: float = 7.5,
         source_guidance_scale: float | None = None,
         negative_prompt: str | None = None,
@@ -170,12 +183,16 @@ class EditPipeline:
     ) -> EditResult:
         """Edit an inverted image (or an image, which is then inverted with `invert`'s defaults) to one or more target prompts.
 
-        control: a name of `CONTROLLERS`, a mapping with "name" and settings, or an object; guidance_scale: of the targets, 1
-        turns guidance off; source_guidance_scale: of the source branch, by default that of the inversion, and without effect
-        where the source is pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes
-        its reconstruction exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is
-        kept), 1 forgetting the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the
-        original image's size), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
+        control: a name of `CONTROLLERS`, a mapping with "name" and settings, or an object; style: a second inversion, of the
+        same method and size, for controllers that read one; batch_size: targets sampled at once, by default all;
+        source_features: "live" (the source's rows beside the targets'), "exact" (the pinned source evaluated once, before),
+        "inversion" (kept by `invert(keep_features=...)`; an approximation), a cache from `source_features`, or "auto", which is
+        exact where the prompts take several batches; guidance_scale: of the targets, 1 turns guidance off;
+        source_guidance_scale: of the source branch, by default that of the inversion, and without effect where the source is
+        pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes its reconstruction
+        exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is kept), 1 forgetting
+        the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the original image's
+        size), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
 
         Raises TrajectoryError where the trajectory belongs to another model or schedule, InputError on other bad input. Cost
         per step: one row per target, one more per guided target, and the source's row (with an unconditional twin where its
@@ -185,14 +202,26 @@ class EditPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = build(CONTROLLERS, control, "controller")
         checks.edit(prompts, noise_mix, output_type)
-        checks.trajectory(trajectory, self.backbone, self.name)
-        sampler = sampler_of(trajectory)
+        sources = [trajectory] if style is None else [trajectory, style]
+        checks.sources(sources, self.backbone, self.name, getattr(chosen, "sources", 1), getattr(chosen, "name", "control"))
+        joined = Trajectory.join(sources)
+        sampler = sampler_of(joined)
         checks.guidance(trajectory.method, sampler.source_guidance, guidance_scale)
-        guidance = (source_scale(trajectory, sampler, source_guidance_scale), *(guidance_scale for _ in prompts))
-        denoiser = self._denoiser([trajectory.prompt, *prompts], guidance, negative_prompt, trajectory.schedule)
-        start = start_rows(trajectory, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)
-        pin = trajectory if pin_source else None
-        z, cost = self._sample(denoiser, start, chosen, sampler, pin, callback_on_step_end)
+        scale = source_scale(trajectory, sampler, source_guidance_scale)
+        guidance = (*(scale for _ in sources), *(guidance_scale for _ in prompts))
+        denoiser = self._denoiser([*(s.prompt for s in sources), *prompts], guidance, negative_prompt, trajectory.schedule)
+        start = start_rows(joined, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)
+        edit = Editing(self.backbone, chosen, sampler, joined, pin_source, reader(trajectory.fit, self._pixels(start)))
+        with measured(self.backbone.network) as cost:
+            z = edit.batches(
+                denoiser,
+                start,
+                words_of(self.backbone, [trajectory.prompt, *prompts]),
+                batch_size,
+                source_features,
+                lambda total: self._progress("editing", total),
+                None if callback_on_step_end is None else partial(callback_on_step_end, self),
+            )
         recipe = {
             "model": self.name,
             **inversion_recipe(trajectory),
@@ -204,7 +233,7 @@ class EditPipeline:
             "pin_source": pin_source,
             "noise_mix": noise_mix,
             "seed": None if generator is None else generator.initial_seed(),
-            "size": [side * self.backbone.downscale for side in _sides(start)],
+            "size": list(self._pixels(start)),
         }
         costs = {"invert": trajectory.cost, "edit": cost}
         return finish(
@@ -276,6 +305,10 @@ class EditPipeline:
             raise InputError(f"size {height} x {width}: both sides must be positive multiples of {multiple} for this model")
         return height, width
 
+    def _pixels(self, z: Tensor) -> tuple[int, int]:
+        """(height, width) of the picture of latents."""
+        return z.shape[-2] * self.backbone.downscale, z.shape[-1] * self.backbone.downscale
+
     def _denoiser(
         self, prompts: Sequence[str], guidance: tuple[float, ...], negative_prompt: str | None, schedule: Any
     ) -> Denoiser:
@@ -286,40 +319,23 @@ class EditPipeline:
         negative = embedded.select([len(prompts)] * len(prompts))
         return Denoiser(self.backbone, schedule, embedded.select(rows), guidance, negative)
 
-    def _sample(
-        self,
-        denoiser: Denoiser,
-        start: Tensor,
-        control: Controller,
-        sampler: Sampler,
-        pin: Trajectory | None,
-        callback: Callback | None,
-    ) -> tuple[Tensor, Cost]:
-        """Run the loop from `start` under control; returns the latents of level 0, the source first, and what it cost."""
-        schedule, steps = denoiser.schedule, len(denoiser.schedule)
-        with (
-            controlled(self.backbone.network, control, num_steps=steps, latent_size=_sides(start)) as session,
-            self._progress("editing", sampler.start or steps) as advance,
-            measured(self.backbone.network) as cost,
-        ):
-
-            def after_step(level: int, z: Tensor) -> Tensor:
-                advance()
-                if callback is None:
-                    return z
-                changed = callback(self, steps - level - 1, schedule.timesteps[level + 1], {"latents": z})
-                return z if changed is None else changed.get("latents", z)
-
-            z = sample(
-                denoiser,
-                start,
-                sampler=laid_out(sampler, session.reads_source, steps),
-                pin=pin,
-                reads_source=session.reads_source,
-                control=lambda step, batch: session.step(step, streams_of(batch)),
-                after_step=after_step,
+    @contextmanager
+    def _kept(
+        self, denoiser: Denoiser, z0: Tensor, method: Any, control: Any
+    ) -> Iterator[tuple[Denoiser, ReferenceCache | None]]:
+        """The denoiser to invert with and, where they are asked for, the source features it leaves."""
+        if control is None:
+            yield denoiser, None
+            return
+        run = Run(len(denoiser.schedule), _sides(z0))
+        chosen = build(CONTROLLERS, control, "controller")
+        steps = readable(self.backbone, chosen, run)
+        if steps is None:
+            raise InputError(
+                f"{chosen.name}: needs the source's own rows, so its features cannot be kept; leave keep_features out"
             )
-        return z, cost
+        with kept_while_inverting(denoiser, steps, method.name, getattr(method, "passes", 1)) as kept:
+            yield kept
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], Any]]:

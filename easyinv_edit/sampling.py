@@ -40,7 +40,7 @@ def _unchanged(denoiser: Denoiser, _level: int) -> Denoiser:
 class Sampler:
     """How the trajectory of an inversion method is sampled; the defaults are DDIM's. Run state lives in its closures.
 
-    The first rows that are sampled are the trajectory's own; those after them are targets, of a trajectory of one row.
+    The first rows that are sampled are the trajectory's own; those after them are targets, and start from its first row.
 
     step: one level down, for whatever rows it is given;
     condition: (denoiser of all rows, source first; level) -> the denoiser to use at that level, where conditioning or guidance
@@ -76,9 +76,10 @@ def sample(
 ) -> Tensor:
     """Sample latents z (rows, C, H, W) of level T, or of the sampler's `start`, down to level 0.
 
-    pin: overwrite row 0 with this trajectory at every level before the UNet sees it, and at the end (Direct inversion, Ju et
-    al., arXiv 2310.01506: adding their offset and overwriting are the same thing; this is bit-exact and costs nothing).
-    reads_source: whether row 0 is needed at a step; where it is not and row 0 is pinned, its evaluation is saved.
+    pin: overwrite the first rows, one per row of this trajectory, with it at every level before the UNet sees them, and at
+    the end (Direct inversion, Ju et al., arXiv 2310.01506: adding their offset and overwriting are the same thing; this is
+    bit-exact and costs nothing).
+    reads_source: whether those rows are needed at a step; where they are not and are pinned, their evaluation is saved.
     Returns the latents of level 0. Raises NonFiniteError at the first level with a latent that is not finite, TrajectoryError
     where the pin was made on another schedule or at another size. Cost: the sampler's step (for DDIM the denoiser's call), per
     level.
@@ -90,29 +91,36 @@ def sample(
     for level in range(start, 0, -1):
         step = steps - level
         z, companion = _pinned(z, companion, level, pin, sampler)
-        first = 0 if pin is None or reads_source(step) or z.shape[0] == 1 else 1
+        sources = 0 if pin is None else pin.latents.shape[1]
+        first = 0 if reads_source(step) or z.shape[0] == sources else sources
         here = sampler.condition(denoiser, level)
-        active = here if first == 0 else here.select(range(1, z.shape[0]))
+        active = here.select(range(first, z.shape[0])) if first else here
         batch = [BatchRow(b.row + first, b.half) for b in active.batch]
         with control(step, batch):
             moved, second = sampler.step(active, z[first:], None if companion is None else companion[first:], level)
         z = require_finite(torch.cat([z[:first], moved]), "sampling", level - 1)
         companion = None if companion is None or second is None else torch.cat([companion[:first], second])
+        z, companion = _pinned(z, companion, level - 1, pin, sampler)
         for change in (sampler.after, after_step):
             z = z if change is None else change(level - 1, z)
-    return z if pin is None else torch.cat([pin.clean.to(z), z[1:]])
+    return _pinned(z, None, 0, pin, sampler)[0]
 
 
 def _pinned(
     z: Tensor, companion: Tensor | None, level: int, pin: Trajectory | None, sampler: Sampler
 ) -> tuple[Tensor, Tensor | None]:
-    """Row 0, and its companion, as the trajectory has them at `level`."""
+    """The first rows, and their companions, as the trajectory has them at `level`."""
     if pin is None:
         return z, companion
     source = pin.latents[level].to(z)
     if companion is not None and sampler.companion is not None:
-        companion = torch.cat([sampler.companion(level, source), companion[1:]])
-    return torch.cat([source, z[1:]]), companion
+        companion = torch.cat([sampler.companion(level, source), companion[len(source) :]])
+    return torch.cat([source, z[len(source) :]]), companion
+
+
+def spread(own: Tensor, rows: int) -> Tensor:
+    """What belongs to a trajectory's rows, for `rows` sampled rows: each its own, the targets after them the first one's."""
+    return own if len(own) == rows else torch.cat([own, own[:1].expand(rows - len(own), *own.shape[1:])])
 
 
 def _require_fit(denoiser: Denoiser, z: Tensor, pin: Trajectory | None) -> None:
@@ -123,8 +131,8 @@ def _require_fit(denoiser: Denoiser, z: Tensor, pin: Trajectory | None) -> None:
             f"the inversion was made on another noise schedule ({len(pin.schedule)} steps, here {len(denoiser.schedule)}); "
             "invert the image again"
         )
-    if pin.latents.shape[1] != 1:
-        raise TrajectoryError(f"the inversion holds {pin.latents.shape[1]} images, so it pins no row; take one of its `rows()`")
+    if pin.latents.shape[1] > z.shape[0]:
+        raise TrajectoryError(f"the inversion holds {pin.latents.shape[1]} images, but {z.shape[0]} rows are sampled")
     if pin.latents.shape[2:] != z.shape[1:]:
         theirs, mine = ("x".join(map(str, shape)) for shape in (pin.latents.shape[2:], z.shape[1:]))
         raise TrajectoryError(f"the inversion has latents of {theirs}, here they are {mine}; invert the image at this size")

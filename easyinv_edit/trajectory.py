@@ -34,7 +34,7 @@ class Trajectory:
     method, settings: the inversion method's registry name and fields; prompt, guidance_scale: the source branch's;
     extras: tensors (levels, rows, ...) a method needs at sampling time or leaves for information; model: the identity the
     backbone gave itself; source: the encoded picture, uint8 (H, W, 3), and fit: how it was made from the user's image; cost: of
-    inverting.
+    inverting; features: what the source put into attention sites meanwhile, if it was asked for (not saved).
     """
 
     latents: Tensor
@@ -48,6 +48,7 @@ class Trajectory:
     source: Tensor | None = None
     fit: Mapping[str, Any] | None = None
     cost: Cost = field(default_factory=Cost)
+    features: Any = field(default=None, compare=False)
 
     @property
     def clean(self) -> Tensor:

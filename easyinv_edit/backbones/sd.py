@@ -80,11 +80,11 @@ class StableDiffusion:
         probe = [value for w in weights for value in w.detach().float().flatten()[:: max(1, w.numel() // 8)][:8].tolist()]
         return {"family": self.family, "name": str(self.pipe.config.get("_name_or_path") or ""), "probe": probe}
 
-    def predict(self, z: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
-        """Raw UNet output (rows, C, H, W) in the latents' dtype."""
+    def predict(self, z: Tensor, timestep: int | Tensor, conditioning: Conditioning) -> Tensor:
+        """Raw UNet output (rows, C, H, W) in the latents' dtype; timestep: one for all rows, or (rows,)."""
         unet = self.pipe.unet
         text = conditioning.embeddings.to(unet.dtype)
-        label = torch.tensor(timestep, device=z.device)
+        label = torch.as_tensor(timestep, device=z.device)
         return unet(z.to(unet.dtype), label, encoder_hidden_states=text, return_dict=False)[0].to(z.dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -104,6 +104,21 @@ class StableDiffusion:
         texts = [self._fitting(prompt) for prompt in prompts]
         embeddings, _ = self.pipe.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)
         return Conditioning(embeddings.to(self.dtype))
+
+    def words(self, prompt: str) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+        """The words of a prompt with the positions of their tokens in `embed`'s output, and how many positions there are.
+
+        A word that does not fit has no positions. Punctuation marks are words of their own.
+        """
+        tokenizer = self.pipe.tokenizer
+        length = tokenizer.model_max_length
+        offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        kept = len(self._cut(prompt))
+        spans = [match.span() for match in re.finditer(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", prompt)]
+        places = [
+            tuple(1 + i for i, (a, b) in enumerate(offsets) if a < end and b > start and end <= kept) for start, end in spans
+        ]
+        return [(prompt[start:end], tokens) for (start, end), tokens in zip(spans, places, strict=True)], length
 
     def schedule(self, num_inference_steps: int) -> NoiseSchedule:
         """A DDIM schedule from the pipeline's scheduler configuration, whatever class that scheduler is."""
@@ -135,6 +150,20 @@ class StableDiffusion:
         return torch.from_numpy(checked).permute(0, 3, 1, 2).to(pixels) * 2 - 1, list(flags)
 
     def _fitting(self, prompt: str) -> str:
+        """The prompt as far as the text encoder reads; warns of the words that do not fit."""
+        kept = self._cut(prompt)
+        if kept != prompt:
+            tokenizer = self.pipe.tokenizer
+            tokens = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+            warnings.warn(
+                f"the prompt has {tokens} tokens and the model reads {tokenizer.model_max_length - 2}; "
+                f"these words are dropped: {prompt[len(kept) :].strip()!r}",
+                EasyInvWarning,
+                stacklevel=2,
+            )
+        return kept
+
+    def _cut(self, prompt: str) -> str:
         """The prompt, cut after the last whole word the text encoder has room for, where it has words."""
         tokenizer = self.pipe.tokenizer
         room = tokenizer.model_max_length - 2  # start and end
@@ -144,12 +173,6 @@ class StableDiffusion:
         end = offsets[room][0]
         if end and not prompt[end - 1].isspace() and not prompt[end].isspace():
             end = len(re.sub(r"\s\S*$", "", prompt[:end]))  # scripts without spaces are cut in the middle, as CLIP does
-        warnings.warn(
-            f"the prompt has {len(offsets)} tokens and the model reads {room}; "
-            f"these words are dropped: {prompt[end:].strip()!r}",
-            EasyInvWarning,
-            stacklevel=2,
-        )
         return prompt[:end].rstrip()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import ScheduleError
 from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, climb
-from easyinv_edit.sampling import Sampler
+from easyinv_edit.sampling import Sampler, spread
 from easyinv_edit.trajectory import Trajectory
 
 
@@ -67,7 +67,8 @@ class EDICT(InversionMethod):
         """EDICT's own steps on pairs; targets start as far from their companion as the source does."""
 
         def companion(level: int, z: Tensor) -> Tensor:
-            return z + (trajectory.extras["companion"][level] - trajectory.latents[level]).to(z)
+            apart = trajectory.extras["companion"][level] - trajectory.latents[level]
+            return z + spread(apart.to(z), len(z))
 
         return Sampler(step=self._down, companion=companion)
 

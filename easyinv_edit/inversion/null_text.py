@@ -21,7 +21,7 @@ from torch import Tensor
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, Pivots, by_name, settings_of
 from easyinv_edit.inversion.pivotal import Fit, fit_embeddings
-from easyinv_edit.sampling import Sampler
+from easyinv_edit.sampling import Sampler, spread
 from easyinv_edit.trajectory import Trajectory
 
 
@@ -69,9 +69,7 @@ class NullText(InversionMethod):
         def condition(denoiser: Denoiser, level: int) -> Denoiser:
             assert denoiser.negative is not None
             own = embeddings[level - 1].to(denoiser.negative.embeddings)
-            return replace(
-                denoiser, negative=replace(denoiser.negative, embeddings=own.expand_as(denoiser.negative.embeddings))
-            )
+            return replace(denoiser, negative=replace(denoiser.negative, embeddings=spread(own, denoiser.negative.rows)))
 
         return Sampler(condition=condition, source_guidance=self.guidance_scale)
 

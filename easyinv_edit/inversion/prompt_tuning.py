@@ -71,7 +71,7 @@ class PromptTuning(InversionMethod):
         def condition(denoiser: Denoiser, level: int) -> Denoiser:
             own = tuned[level - 1].to(denoiser.conditioning.embeddings)
             targets = denoiser.conditioning.embeddings[len(own) :]
-            blended = [torch.lerp(own, target[None], self.blend) for target in targets]
+            blended = [torch.lerp(own[:1], target[None], self.blend) for target in targets]
             return replace(denoiser, conditioning=replace(denoiser.conditioning, embeddings=torch.cat([own, *blended])))
 
         return Sampler(condition=condition, source_guidance=self.guidance_scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.inversion.base import InversionMethod, OnLevel, climb
-from easyinv_edit.sampling import Sampler
+from easyinv_edit.sampling import Sampler, spread
 from easyinv_edit.schedule import NoiseSchedule
 from easyinv_edit.trajectory import Trajectory
 
@@ -48,7 +48,7 @@ def pair_sampler(trajectory: Trajectory, down: Recurrence) -> Sampler:
 
     def companion(level: int, z: Tensor) -> Tensor:
         own = trajectory.extras["correction"][0] if level == top else trajectory.latents[level + 1]
-        return own.to(z).expand_as(z)
+        return spread(own.to(z), len(z))
 
     def step(denoiser: Denoiser, z: Tensor, above: Tensor | None, level: int) -> tuple[Tensor, Tensor | None]:
         assert above is not None

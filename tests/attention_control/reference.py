@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from attention_control import Controller, StreamRow, Streams, controlled
+from attention_control import Controller, Program, Run, StreamRow, Streams, Words, controlled
 from attention_control.routes import Route
 from attention_control.streams import layout
 
@@ -201,8 +201,17 @@ class Routing:
 
     given: Sequence[Route]
 
-    def routes(self) -> tuple[Route, ...]:
-        return tuple(self.given)
+    def program(self, run: Run) -> Program:
+        return Program(routes=tuple(self.given))
+
+
+WORDS = (
+    Words(("a", "red", "cube"), ((1,), (2,), (3, 4)), 7),
+    Words(("a", "red", "ball"), ((1,), (2,), (3,)), 7),
+    Words(("a", "blue", "cube"), ((1,), (2,), (3, 4)), 7),
+    Words(("a", "red", "cone"), ((1,), (2,), (3,)), 7),
+)
+"""Of a source's prompt and of three targets'."""
 
 
 def reading_source(sites: str, start: float | int = 0, stop: float | int = 1.0, share: float = 1.0) -> Route:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from attention_control import ControlError, MasaCtrl, Route
+from attention_control import ControlError, MasaCtrl, Route, Run
 from attention_control.sites import ALLOWED
 from attention_control.streams import Streams, layout
 from tests.attention_control.reference import (
@@ -227,7 +227,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_the_defaults_are_the_authors_four_of_fifty_and_layers_ten_to_fifteen() -> None:
-    (route,) = MasaCtrl().routes()
+    (route,) = MasaCtrl().program(Run(50, (16, 16))).routes
     assert [step for step in range(50) if route.active(step, 50)] == list(range(4, 50))
     assert [step for step in range(20) if route.active(step, 20)] == list(range(2, 20))
     assert (route.query, route.key, route.value, route.sites, route.share) == ("own", "source", "source", "10-15", 1.0)
@@ -239,7 +239,7 @@ def test_one_site_may_be_written_as_a_number() -> None:
 
 
 def test_a_whole_number_of_steps_is_not_a_share() -> None:
-    (route,) = MasaCtrl(start_step=4).routes()
+    (route,) = MasaCtrl(start_step=4).program(Run(50, (16, 16))).routes
     assert [step for step in range(20) if route.active(step, 20)] == list(range(4, 20))
 
 

@@ -30,6 +30,9 @@ class _Always:
         assert (path, batch_rows) == ("here", 3)
         return self.plan
 
+    def record(self, path: str, hidden_states: Tensor) -> None:
+        assert (path, hidden_states.shape) == ("here", STATES.shape)
+
 
 def _layer(**settings: Any) -> Attention:
     torch.manual_seed(0)
@@ -52,7 +55,7 @@ def test_queries_keys_and_values_come_from_the_rows_planned(
     rows = zip((query, key, value), (layer.to_q, layer.to_k, layer.to_v), strict=True)
     attended = explicit_attention(*(split_heads(project(STATES[list(index)]), 4) for index, project in rows))
     expected = layer.to_out[0](attended.transpose(1, 2).flatten(2))
-    assert (_routed(layer, RowPlan(query, key, value)) - expected).abs().max() <= 1e-12
+    assert (_routed(layer, RowPlan(OWN, query, key, value)) - expected).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("share", [1.0, 0.7])
@@ -69,7 +72,7 @@ def test_queries_keys_and_values_come_from_the_rows_planned(
 )
 def test_rows_that_read_themselves_get_the_default_processors_answer(settings: dict[str, Any], share: float) -> None:
     layer = _layer(**settings)
-    assert (_routed(layer, RowPlan(OWN, OWN, OWN, share)) - layer(STATES)).abs().max() <= 1e-12
+    assert (_routed(layer, RowPlan(OWN, OWN, OWN, OWN, share=share)) - layer(STATES)).abs().max() <= 1e-12
 
 
 def test_no_plan_is_bitwise_the_replaced_processor() -> None:
@@ -86,5 +89,5 @@ def test_own_keys_cost_nothing_where_they_are_not_looked_at(monkeypatch: pytest.
         return query
 
     monkeypatch.setattr(processor, "dispatch_attention_fn", record)
-    _routed(_layer(), RowPlan(OWN, SWAPPED, SWAPPED, share))
+    _routed(_layer(), RowPlan(OWN, OWN, SWAPPED, SWAPPED, share=share))
     assert seen == [(keys, keys)]

@@ -1,0 +1,52 @@
+"""Cross-attention maps of a run: how much each place looks at each text token, per source and target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attention_control.sites import AttentionSite
+from attention_control.streams import Role
+
+FEWEST_TOKENS = 200
+"""Maps are taken from the coarsest sites with at least so many places: 16 x 16 for SD at 512 pixels, as the papers do."""
+
+
+@dataclass
+class CrossMaps:
+    """Means over heads, sites and steps so far, float32, (text tokens, h, w) at one size. Conditional rows only."""
+
+    size: tuple[int, int]
+    _sums: dict[tuple[Role, int], Tensor] = field(default_factory=dict)
+    _counts: dict[tuple[Role, int], int] = field(default_factory=dict)
+
+    def add(self, role: Role, index: int, probabilities: Tensor) -> None:
+        """Probabilities (heads, places, text tokens) of one site and row."""
+        mean = probabilities.detach().float().mean(0).transpose(0, 1).reshape(-1, *self.size)
+        key = (role, index)
+        self._sums[key] = self._sums[key] + mean if key in self._sums else mean
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def of(self, role: Role, index: int) -> Tensor | None:
+        """The map of a stream (text tokens, h, w), or None before anything was seen of it."""
+        key = (role, index)
+        return self._sums[key] / self._counts[key] if key in self._sums else None
+
+
+def map_sites(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> tuple[list[AttentionSite], tuple[int, int]]:
+    """The cross-attention sites to take maps from, and the maps' (height, width)."""
+    fine = [site for site in sites if site.tokens(latent_size) >= FEWEST_TOKENS]
+    chosen = max((site.downscale for site in fine), default=min((site.downscale for site in sites), default=1))
+    size = math.ceil(latent_size[0] / chosen), math.ceil(latent_size[1] / chosen)
+    return [site for site in sites if site.downscale == chosen], size
+
+
+def probabilities(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention written out, float32 or better: query, key (rows, tokens, heads, dim) -> (rows, heads, tokens, key tokens)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = torch.einsum("bnhd,bmhd->bhnm", query.to(dtype), key.to(dtype)) / math.sqrt(query.shape[-1])
+    return torch.softmax(logits if bias is None else logits + bias.to(logits), -1)

@@ -1,0 +1,75 @@
+"""What the source's rows put into the routed sites, kept so that many targets can read one evaluation of the source.
+
+With the source pinned these layer inputs do not depend on the target. The INPUT of a site is kept, not its keys and values:
+half the memory, and any route can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attention_control.errors import ControlError
+from attention_control.streams import StreamRow, Streams
+
+
+@dataclass
+class ReferenceCache:
+    """Layer inputs (rows, tokens, channels) by step and site.
+
+    rows: which source rows each holds; dtype: of storage, by default what they come in; device: where they lie, by default
+    where they come from; on the CPU of a CUDA run they lie in pinned memory and the next step's are fetched ahead; max_bytes:
+    above it ControlError says what would fit.
+    """
+
+    rows: tuple[StreamRow, ...]
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    max_bytes: int | None = None
+    _inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _ahead: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """How much is kept."""
+        return sum(t.numel() * t.element_size() for sites in self._inputs.values() for t in sites.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of which something is kept."""
+        return sorted(self._inputs)
+
+    def put(self, step: int, path: str, hidden_states: Tensor) -> None:
+        """Keep what the source's rows (rows, tokens, channels) put into a site at a step."""
+        if hidden_states.shape[0] != len(self.rows):
+            raise ControlError(f"the cache holds {len(self.rows)} source rows, but {hidden_states.shape[0]} were given")
+        kept = hidden_states.detach().to(device=self.device, dtype=self.dtype, copy=True)
+        if kept.device.type == "cpu" and hidden_states.device.type == "cuda":
+            kept = kept.pin_memory()
+        before = self._inputs.get(step, {}).get(path)
+        size = kept.numel() * kept.element_size() - (0 if before is None else before.numel() * before.element_size())
+        if self.max_bytes is not None and self.bytes + size > self.max_bytes:
+            raise ControlError(
+                f"the source's features need more than the {self.max_bytes:,} bytes allowed (at step {step}); allow more, "
+                "store them in half precision, or edit without keeping them"
+            )
+        self._inputs.setdefault(step, {})[path] = kept
+
+    def holds(self, step: int, paths: Sequence[str]) -> bool:
+        """Whether every one of these sites is kept at a step."""
+        return all(path in self._inputs.get(step, {}) for path in paths)
+
+    def get(self, step: int, path: str) -> tuple[Streams, Tensor]:
+        """The source's rows and what they put into a site. Never written to."""
+        ahead = self._ahead.get(step, {})
+        return Streams(self.rows), ahead.get(path, self._inputs[step][path])
+
+    def fetch(self, step: int, device: torch.device) -> None:
+        """Bring a step's inputs to the device without waiting, and let go of earlier ones."""
+        if device.type != "cuda" or step not in self._inputs or step in self._ahead:
+            return
+        self._ahead = {s: sites for s, sites in self._ahead.items() if s >= step - 1}
+        self._ahead[step] = {path: t.to(device, non_blocking=True) for path, t in self._inputs[step].items()}

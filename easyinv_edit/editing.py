@@ -1,0 +1,156 @@
+"""The sampling half of an edit: targets in batches under control, with the source beside them or its features from before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_control import Controller, ReferenceCache, Run, Session, Words, controlled
+from easyinv_edit.denoiser import Denoiser
+from easyinv_edit.errors import InputError
+from easyinv_edit.rows import laid_out, streams_of
+from easyinv_edit.sampling import Sampler, sample
+from easyinv_edit.source_features import evaluate_source, readable
+from easyinv_edit.trajectory import Trajectory
+
+MODES = ("auto", "live", "exact", "inversion")
+Progress = Callable[[int], AbstractContextManager[Callable[[], Any]]]
+"""Total of steps -> a context that gives what to call after each."""
+OnStep = Callable[[int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
+"""(step, timestep, {"latents": ...}) -> the same dict, changed, or None."""
+
+
+@dataclass(frozen=True)
+class Editing:
+    """What all batches of one edit share. sources: the pinned trajectories, one row each."""
+
+    backbone: Any
+    control: Controller
+    sampler: Sampler
+    sources: Trajectory
+    pinned: bool
+    read_mask: Callable[[Any], Tensor]
+
+    def batches(
+        self,
+        denoiser: Denoiser,
+        start: Tensor,
+        words: Sequence[Words],
+        batch_size: int | None,
+        source_features: str | ReferenceCache,
+        progress: Progress,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Latents (1 + targets, C, H, W) of level 0: the first source's, then the targets'.
+
+        denoiser, start: of all rows, sources first; words: of the source's prompt, then of each target's.
+        """
+        count = self.sources.latents.shape[1]
+        targets = list(range(count, start.shape[0]))
+        size = batch_size or len(targets)
+        if size < 1:
+            raise InputError(f"batch_size is {size}; it must be at least 1")
+        parts = [targets[i : i + size] for i in range(0, len(targets), size)]
+        reference = self._reference(denoiser, words, source_features, len(parts))
+        done = []
+        with progress(len(parts) * self._length) as advance:
+            for part in parts:
+                rows = [*range(count), *part]
+                own = [words[0], *(words[1 + r - count] for r in part)]
+                done.append(self._batch(denoiser.select(rows), start[rows], own, reference, advance, on_step))
+        return torch.cat([done[0][:1], *(z[count:] for z in done)])
+
+    @property
+    def _length(self) -> int:
+        return self.sampler.start or len(self.sources.schedule)
+
+    def _run(self, words: Sequence[Words]) -> Run:
+        steps, size = len(self.sources.schedule), self.sources.latents.shape[-2:]
+        return Run(steps, (size[0], size[1]), steps - self._length, tuple(words), self.read_mask)
+
+    def _reference(
+        self, denoiser: Denoiser, words: Sequence[Words], source_features: str | ReferenceCache, parts: int
+    ) -> ReferenceCache | None:
+        """The source's features, evaluated or kept before; None where its rows are to be beside the targets'."""
+        if isinstance(source_features, str) and source_features not in MODES:
+            raise InputError(f"source_features is {source_features!r}; choose {', '.join(MODES)}, or give a cache")
+        if source_features == "live" or (source_features == "auto" and parts == 1):
+            return None
+        steps = readable(self.backbone, self.control, self._run(words)) if self.pinned else None
+        if steps is None:
+            if source_features == "auto":
+                return None
+            why = "its controller needs the source's own rows" if self.pinned else "the source is not pinned"
+            raise InputError(f"source_features {source_features!r} cannot be used: {why}; use 'live'")
+        if source_features == "inversion":
+            if self.sources.features is None:
+                raise InputError("source_features 'inversion': none were kept; invert with keep_features, or use 'exact'")
+            return self._covering(self.sources.features, steps)
+        if isinstance(source_features, ReferenceCache):
+            return self._covering(source_features, steps)
+        source = denoiser.select([0])
+        assert source.negative is not None
+        alike = all(self._alike(source, level) for level in range(1, len(denoiser.schedule) + 1))
+        read = any(route.halves == "both" for route in self.control.program(self._run(words)).routes)
+        both = read and not alike and any(scale != 1 for scale in denoiser.guidance[1:])
+        return evaluate_source(source, self.sampler, self.sources, steps, both_halves=both)
+
+    def _alike(self, source: Denoiser, level: int) -> bool:
+        here = self.sampler.condition(source, level)
+        return here.negative is not None and here.conditioning.equals(here.negative)
+
+    def _covering(self, cache: ReferenceCache, steps: dict[int, list[str]]) -> ReferenceCache:
+        if missing := [step for step, paths in steps.items() if not cache.holds(step, paths)]:
+            raise InputError(f"the source features lack step {missing[0]}; they were kept for another controller or step count")
+        return cache
+
+    def _batch(
+        self,
+        denoiser: Denoiser,
+        start: Tensor,
+        words: Sequence[Words],
+        reference: ReferenceCache | None,
+        advance: Callable[[], Any],
+        on_step: OnStep | None,
+    ) -> Tensor:
+        run, count = self._run(words), self.sources.latents.shape[1]
+        with controlled(
+            self.backbone.network,
+            self.control,
+            num_steps=run.num_steps,
+            latent_size=run.latent_size,
+            first_step=run.first_step,
+            words=words,
+            read_mask=self.read_mask,
+            reference=reference,
+        ) as session:
+            return sample(
+                denoiser,
+                start,
+                sampler=laid_out(self.sampler, session.reads_both_halves, run.num_steps, count),
+                pin=self.sources if self.pinned else None,
+                reads_source=session.reads_source,
+                control=lambda step, batch: session.step(step, streams_of(batch, count)),
+                after_step=self._after_step(session, count, advance, on_step),
+            )
+
+    def _after_step(
+        self, session: Session, count: int, advance: Callable[[], Any], on_step: OnStep | None
+    ) -> Callable[[int, Tensor], Tensor]:
+        schedule = self.sources.schedule
+
+        def after_step(level: int, z: Tensor) -> Tensor:
+            advance()
+            step = len(schedule) - level - 1
+            z = torch.cat([z[:count], session.after(step, z[:1], z[count:])])
+            if on_step is None:
+                return z
+            changed = on_step(step, schedule.timesteps[level + 1], {"latents": z})
+            return z if changed is None else changed.get("latents", z)
+
+        return after_step
