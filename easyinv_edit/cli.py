@@ -30,6 +30,7 @@ app.add_typer(bench.app, name="bench")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, e.g. guidance_scale=5.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pictures and result.json.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a name from `recipes list`.")]
+ControlName = Annotated[str | None, typer.Option("--control", "-c", help="A controller, instead of the recipe's.")]
 SourcePrompt = Annotated[str | None, typer.Option("--source-prompt", "-s", help="What the image shows.")]
 
 
@@ -69,6 +70,7 @@ def edit(
     overrides: Overrides = None,
     source_prompt: SourcePrompt = None,
     recipe: RecipeName = None,
+    control: ControlName = None,
     output: Output = None,
     quiet: Quiet = False,
     json_: Json = False,
@@ -82,7 +84,7 @@ def edit(
     values = {key: value for key, value in given.items() if value is not None}
     if image.endswith(".safetensors"):
         _refuse_inversion_keys(overrides or [], source_prompt)
-    _carry_out(_recipe(recipe, overrides, values), quiet, json_)
+    _carry_out(_recipe(recipe, _with_control(control, overrides), values), quiet, json_)
 
 
 @app.command()
@@ -119,12 +121,13 @@ def invert(
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a name from `recipes list`.")],
     overrides: Overrides = None,
+    control: ControlName = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Carry out a recipe."""
-    _carry_out(_recipe(recipe, overrides, {}), quiet, json_)
+    _carry_out(_recipe(recipe, _with_control(control, overrides), {}), quiet, json_)
 
 
 @app.command()
@@ -180,12 +183,18 @@ def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
     terminal.require_writable(Path(recipe.output))
     image = recipe.image or ""
     stored = Trajectory.load(image) if image.endswith(".safetensors") else None
-    if stored is None:
-        running.require_readable_image(image)
+    for picture in [*([] if stored else [image]), *([recipe.style] if recipe.style else [])]:
+        running.require_readable_image(picture)
+    running.require_readable_masks(recipe.control)
     pipe = running.open_pipeline(recipe)
     pipe.set_progress_bar_config(disable=not terminal.bars(quiet, json_))
     result = running.edit_recipe(recipe, pipe, stored or running.invert_recipe(recipe, pipe))
     terminal.show(result.save(recipe.output), quiet, json_, lambda facts: _edit_text(facts, recipe.output))
+
+
+def _with_control(control: str | None, overrides: list[str] | None) -> list[str]:
+    """`--control NAME` as the overrides it stands for, before those of its settings: the recipe's controller is forgotten."""
+    return [*([] if control is None else ["control=null", f"control.name={control}"]), *(overrides or [])]
 
 
 def _edit_text(facts: dict[str, Any], folder: str) -> str:

@@ -51,15 +51,17 @@ def _default(name: str) -> Any:
 class EditRecipe:
     """One edit. Keys are the argument names of `EditPipeline`.
 
-    model: a folder, a hub name or "embedded"; image: a file, or "scene:SEED" for a rendered tabletop scene; prompts: one or
-    more target prompts; inversion, control: a name and that method's settings; seed: of the fresh noise that `noise_mix` asks
-    for; size: one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and
-    result.json.
+    model: a folder, a hub name or "embedded"; image: a file, or "scene:SEED" for a rendered tabletop scene; style: a second
+    picture, for controllers that read one, with its prompt; prompts: one or more target prompts; inversion, control: a name and
+    that method's settings; source_features, batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size: one
+    side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and result.json.
     """
 
     model: str = "embedded"
     image: str | None = None
     source_prompt: str = ""
+    style: str | None = None
+    style_prompt: str = ""
     prompts: list[str] = dataclasses.field(default_factory=list)
     negative_prompt: str | None = None
     num_inference_steps: Steps = 50
@@ -69,6 +71,8 @@ class EditRecipe:
     guidance_scale: Scale = 7.5
     source_guidance_scale: Scale | None = None
     pin_source: bool = True
+    source_features: Literal["auto", "live", "exact", "inversion"] = "auto"
+    batch_size: Annotated[int, BeforeValidator(_no_switch), Field(ge=1, le=1024)] | None = None
     noise_mix: Share = 0.0
     seed: Seed | None = 0
     size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
@@ -221,16 +225,29 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     name = choice.get("name")
     if not isinstance(name, str) or name not in registry:
         return [(("name",), f"{shown(name)} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")]
-    method, nested = registry[name], choice.get("base")
-    below: list[tuple[tuple[str, ...], str]] = []
-    if isinstance(nested, dict) and "base" in {f.name for f in dataclasses.fields(method)}:
-        below = [(("base", *path), problem) for path, problem in _check_method(nested, registry)]
+    method = registry[name]
+    below = [
+        ((*path, *deeper), problem)
+        for path, nested in _nested(choice, method)
+        for deeper, problem in _check_method(nested, registry)
+    ]
     try:
         method(**{key: value for key, value in choice.items() if key != "name"})
     except ValidationError as error:
         found = [((key,), text.removeprefix(f"{key}: ")) for key, text in problems(error, method)]
-        return below + [item for item in found if not (below and item[0] == ("base",))]
+        told = {path[0] for path, _ in below}
+        return below + [item for item in found if item[0][0] not in told]
     return below
+
+
+def _nested(choice: dict[str, Any], method: type[Any]) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The mappings of methods within a method, with their paths: what it refines, or what it composes."""
+    known = {f.name for f in dataclasses.fields(method)}
+    parts: list[tuple[tuple[str, ...], Any]] = [(("base",), choice.get("base"))] if "base" in known else []
+    several = choice.get("controllers")
+    if "controllers" in known and isinstance(several, list):
+        parts += [(("controllers", str(i)), part) for i, part in enumerate(several)]
+    return [(path, part) for path, part in parts if isinstance(part, dict)]
 
 
 def _reads_outside(value: str) -> bool:

@@ -62,14 +62,28 @@ def require_readable_image(image: str) -> None:
         load(picture)
 
 
+def require_readable_masks(control: Any) -> None:
+    """Raise ImageError where a controller's mask file cannot be used, before a model is loaded for it."""
+    for key, value in control.items() if isinstance(control, dict) else ():
+        if key.endswith("_mask") and isinstance(value, str):
+            load(value)
+        for part in value if isinstance(value, list) else ():
+            require_readable_masks(part)
+
+
 def invert_recipe(recipe: EditRecipe, pipe: EditPipeline) -> Trajectory:
     """The inversion half of a recipe."""
+    return _inverted(recipe, pipe, recipe.image or "", recipe.source_prompt, recipe.source_features == "inversion")
+
+
+def _inverted(recipe: EditRecipe, pipe: EditPipeline, image: str, prompt: str, keeping: bool = False) -> Trajectory:
     size: Any = tuple(recipe.size) if isinstance(recipe.size, list) else recipe.size
     native = pipe.backbone.native_size if size is None else (size, size) if isinstance(size, int) else size
     return pipe.invert(
-        source_image(recipe.image or "", native),
-        recipe.source_prompt,
+        source_image(image, native),
+        prompt,
         recipe.inversion,
+        keep_features=recipe.control if keeping else None,
         num_inference_steps=recipe.num_inference_steps,
         guidance_scale=recipe.inversion_guidance_scale,
         negative_prompt=recipe.negative_prompt,
@@ -89,6 +103,9 @@ def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) 
         trajectory,
         recipe.prompts,
         control=recipe.control,
+        style=None if recipe.style is None else _inverted(recipe, pipe, recipe.style, recipe.style_prompt),
+        source_features=recipe.source_features,
+        batch_size=recipe.batch_size,
         guidance_scale=recipe.guidance_scale,
         source_guidance_scale=recipe.source_guidance_scale,
         negative_prompt=recipe.negative_prompt,
@@ -96,7 +113,10 @@ def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) 
         noise_mix=recipe.noise_mix,
         generator=_generator(recipe),
     )
-    kept = {key: getattr(recipe, key) for key in ("model", "image", "dtype", "device", "output")}
+    kept = {
+        key: getattr(recipe, key)
+        for key in ("model", "image", "style", "style_prompt", "source_features", "batch_size", "dtype", "device", "output")
+    }
     return dataclasses.replace(result, recipe={**result.recipe, **kept})
 
 

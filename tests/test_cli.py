@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_no_half_written_file(
         raise KeyboardInterrupt
 
     if stop_at == "sample":
-        monkeypatch.setattr("easyinv_edit.pipeline.sample", interrupted)
+        monkeypatch.setattr("easyinv_edit.editing.sample", interrupted)
     elif stop_at == "save_png":
         monkeypatch.setattr(Image.Image, "save", half_written)
     else:

@@ -221,7 +221,7 @@ def test_a_failure_that_is_no_input_error_is_one_line_and_1(
     def broken(*_given: object, **_options: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("easyinv_edit.pipeline.sample", broken)
+    monkeypatch.setattr("easyinv_edit.editing.sample", broken)
     given = ("edit", "photo.png", "x", model, *STEPS, "-o", "out")
     assert command(*given) == (1, "", "error: RuntimeError: out of luck (--debug shows where)\n")
     assert not (home / "out").exists()
