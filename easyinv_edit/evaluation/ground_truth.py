@@ -20,7 +20,7 @@ from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.judge import Judge, shown
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import COLOURS, POSES, SHAPES, SIZES, Scene, replace, second_colours
+from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SHAPES, SIZES, Scene, replace, second_colours
 from easyinv_edit.trajectory import Trajectory
 
 
@@ -41,6 +41,14 @@ TASKS: tuple[Task, ...] = (
     Task("turn", "pose", ("texture", "colour", "second"), ("texture", "colour", "second", "shape")),
     Task("colour", "colour", ("texture", "second"), ("texture", "shape")),
 )
+
+ALL_TASKS: dict[str, Task] = {
+    **{task.name: task for task in TASKS},
+    "background": Task(
+        "background", "background", ("texture", "colour", "second"), ("texture", "colour", "second", "shape", "size", "pose")
+    ),
+}
+"""With the edits that no controller of the main comparison is for."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "random noise, plain": {"control": "none", "noise_mix": 1.0},
@@ -89,7 +97,8 @@ def make_case(task: Task, scene: Scene) -> Case | None:
 
 def _other(field: str, scene: Scene) -> str:
     """Another word for the attribute, chosen without chance: the one half way round its table."""
-    words = {"shape": SHAPES, "size": tuple(SIZES), "pose": tuple(POSES), "colour": tuple(COLOURS)}[field]
+    tables = {"shape": SHAPES, "size": SIZES, "pose": POSES, "colour": COLOURS, "background": BACKGROUNDS}
+    words = tuple(tables[field])
     if field == "size":
         return "large" if scene.size != "large" else "small"
     if field == "colour":

@@ -1,0 +1,100 @@
+"""What one edit and many edits cost: the authors' four-row layout against rows that are needed, and features kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from attention_control import MasaCtrl, StreamRow, Streams, controlled
+from easyinv_edit.cost import measured
+from easyinv_edit.denoiser import Denoiser
+from easyinv_edit.images import ImageInput
+from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit.rows import streams_of
+from easyinv_edit.sampling import sample
+from easyinv_edit.trajectory import Trajectory
+
+FOUR_ROWS = "four rows, a prompt at a time"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "rows that are needed, all prompts at once": {"source_features": "live"},
+    "exact features, a prompt at a time": {"source_features": "exact", "batch_size": 1},
+    "features from the inversion": {"source_features": "inversion"},
+}
+"""Options of `EditPipeline.edit`, by what they are called in tables."""
+
+
+def measure(
+    pipe: EditPipeline, image: ImageInput, prompts: Sequence[str], *, steps: int, guidance: float, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Evaluations and seconds, inversion included, of editing one image to all prompts with MasaCtrl, by layout.
+
+    The source prompt is empty, as in the authors' recipe for real images. `difference` is the largest one of latents against
+    the four-row layout.
+    """
+    pipe.invert(image, "", "easyinv", num_inference_steps=2)  # the first calls of a process are slow
+    report(FOUR_ROWS)
+    trajectory = pipe.invert(image, "", "easyinv", num_inference_steps=steps, keep_features="masactrl")
+    invert = trajectory.cost
+    began = time.perf_counter()
+    with measured(pipe.backbone.network) as cost:
+        reference = torch.cat([_four_rows(pipe, trajectory, prompt, guidance) for prompt in prompts])
+    rows = [_row(FOUR_ROWS, len(prompts), invert.evaluations + cost.evaluations, invert.seconds + time.perf_counter() - began)]
+    for layout, options in LAYOUTS.items():
+        report(layout)
+        made = pipe.edit(trajectory, list(prompts), guidance_scale=guidance, output_type="latent", **options)
+        spent = made.cost["edit"]
+        row = _row(layout, len(prompts), invert.evaluations + spent.evaluations, invert.seconds + spent.seconds)
+        rows.append(row | {"difference": (made.images - reference).abs().max().item()})
+    first = rows[0]["seconds"]
+    return [row | {"relative_seconds": row["seconds"] / first} for row in rows]
+
+
+def _row(layout: str, prompts: int, evaluations: int, seconds: float) -> dict[str, Any]:
+    return {"layout": layout, "prompts": prompts, "evaluations": evaluations, "seconds": seconds, "difference": 0.0}
+
+
+@torch.no_grad()
+def _four_rows(pipe: EditPipeline, trajectory: Trajectory, prompt: str, guidance: float) -> Tensor:
+    """The authors' layout: source and target, each with its unconditional half, at every step."""
+    embedded = pipe.backbone.embed([trajectory.prompt, prompt, ""])
+    scales, negative = (guidance, guidance), embedded.select([2, 2])
+    denoiser = Denoiser(pipe.backbone, trajectory.schedule, embedded.select([0, 1]), scales, negative, twins=(True, True))
+    start = trajectory.noise.to(pipe.backbone.device).repeat(2, 1, 1, 1)
+    size = start.shape[-2], start.shape[-1]
+    steps = len(trajectory.schedule)
+    with controlled(pipe.backbone.network, MasaCtrl(), num_steps=steps, latent_size=size) as session:
+        z = sample(denoiser, start, pin=trajectory, control=lambda step, batch: session.step(step, streams_of(batch)))
+    return z[1:]
+
+
+@torch.no_grad()
+def step_memory(pipe: EditPipeline, size: int) -> dict[str, int]:
+    """Peak bytes that a step of source and guided target allocates, plain and under MasaCtrl; on the CPU, at a latent side."""
+    backbone = pipe.backbone
+    conditioning = backbone.embed(["", "a", "a"])
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, backbone.network.config.in_channels, size, size, generator=generator).to(backbone.device)
+    halves: tuple[Any, ...] = ("conditional", "unconditional", "conditional")
+    streams = Streams(tuple(StreamRow("source" if i == 0 else "target", 0, half) for i, half in enumerate(halves)))
+    with controlled(backbone.network, MasaCtrl(start_step=0), num_steps=1, latent_size=(size, size)) as session:
+        plain = _peak(lambda: backbone.predict(z, 500, conditioning))
+        with session.step(0, streams):
+            routed = _peak(lambda: backbone.predict(z, 500, conditioning))
+    return {"plain": plain, "controlled": routed}
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    """The largest sum of bytes allocated and not yet freed while `work` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
