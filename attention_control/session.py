@@ -70,8 +70,9 @@ class Session:
 
     def reads_both_halves(self, step: int) -> bool:
         """Whether targets read the source in their own half of guidance at `step`, so that a guided source needs both."""
+        copied = any(f.active(step, self.num_steps) for f in self.program.features)
         reading = [r for r in self._routes_at(step) if r.reads and r.halves == "both"]
-        return bool(reading) and not self._cached(step)
+        return copied or (bool(reading) and not self._cached(step))
 
     @contextmanager
     def step(self, step: int, streams: Streams) -> Iterator[None]:

@@ -235,7 +235,7 @@ class EditPipeline:
             "seed": None if generator is None else generator.initial_seed(),
             "size": list(self._pixels(start)),
         }
-        costs = {"invert": trajectory.cost, "edit": cost}
+        costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
         return finish(
             self.backbone, trajectory, prompts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
         )

@@ -180,13 +180,13 @@ def test_ctrl_c_while_an_inversion_is_written(
 def test_recipes_list_show_and_check(command: Command) -> None:
     code, printed, _ = command("recipes", "list", "--json")
     listed = json.loads(printed)
-    assert (code, len(listed)) == (0, 8)
+    assert (code, len(listed)) == (0, 16)
     assert all("arXiv" in line and not line.startswith("#") for line in listed.values())
     text = command("recipes", "list")[1]
     assert [line.split()[0] for line in text.splitlines()] == list(listed)
     code, printed, _ = command("recipes", "show", "masactrl", "guidance_scale=3")
     assert (code, parse(printed).guidance_scale, parse(printed).control["name"]) == (0, 3.0, "masactrl")
-    assert command("recipes", "check", *listed) == (0, "8 recipes: no problems\n", "")
+    assert command("recipes", "check", *listed) == (0, "16 recipes: no problems\n", "")
 
 
 def test_doctor_reports_and_never_dies(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
