@@ -94,7 +94,8 @@ class RoutedProcessor:
         return torch.cat([routed, plain])[[order.index(i) for i in range(batch)]]
 
     def _routed(self, query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
-        own = [query.shape[0] - self._batch(query, plan) + i for i in plan.routed]
+        offset = 0 if plan.reference is None else plan.reference.shape[0]
+        own = [offset + i for i in plan.routed]
         q, k, v = _pick(query, plan.query), _pick(key, plan.key), _pick(value, plan.value)
         own_key, own_value = (None, None) if plan.share == 1 else (_pick(key, own), _pick(value, own))
         if plan.adain:
@@ -112,10 +113,6 @@ class RoutedProcessor:
             base = self._attend(_pick(query, plan.source), k, v)
             out = base + plan.away * (out - base)
         return out
-
-    @staticmethod
-    def _batch(query: Tensor, plan: RowPlan) -> int:
-        return query.shape[0] - (0 if plan.reference is None else plan.reference.shape[0])
 
     def _weighed(
         self,

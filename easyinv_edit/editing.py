@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,21 +49,30 @@ class Editing:
     ) -> Tensor:
         """Latents (1 + targets, C, H, W) of level 0: the first source's, then the targets'.
 
-        denoiser, start: of all rows, sources first; words: of the source's prompt, then of each target's.
+        denoiser, start: of all rows, sources first; words: of the source's prompt, then of each target's. A batch for which the
+        device has no memory is halved; results do not depend on the batches.
         """
         count = self.sources.latents.shape[1]
         targets = list(range(count, start.shape[0]))
         size = batch_size or len(targets)
         if size < 1:
             raise InputError(f"batch_size is {size}; it must be at least 1")
-        parts = [targets[i : i + size] for i in range(0, len(targets), size)]
+        parts = deque(targets[i : i + size] for i in range(0, len(targets), size))
         reference = self._reference(denoiser, words, source_features, len(parts))
         done = []
         with progress(len(parts) * self._length) as advance:
-            for part in parts:
+            while parts:
+                part = parts.popleft()
                 rows = [*range(count), *part]
                 own = [words[0], *(words[1 + r - count] for r in part)]
-                done.append(self._batch(denoiser.select(rows), start[rows], own, reference, advance, on_step))
+                try:
+                    done.append(self._batch(denoiser.select(rows), start[rows], own, reference, advance, on_step))
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    half = len(part) // 2
+                    parts.extendleft([part[half:], part[:half]])
+                    reference = reference or self._reference(denoiser, words, source_features, 2)
         return torch.cat([done[0][:1], *(z[count:] for z in done)])
 
     @property
@@ -91,14 +101,15 @@ class Editing:
             if self.sources.features is None:
                 raise InputError("source_features 'inversion': none were kept; invert with keep_features, or use 'exact'")
             return self._covering(self.sources.features, steps)
-        if isinstance(source_features, ReferenceCache):
+        if isinstance(source_features, ReferenceCache) and source_features.steps:
             return self._covering(source_features, steps)
         source = denoiser.select([0])
         assert source.negative is not None
         alike = all(self._alike(source, level) for level in range(1, len(denoiser.schedule) + 1))
         read = any(route.halves == "both" for route in self.control.program(self._run(words)).routes)
         both = read and not alike and any(scale != 1 for scale in denoiser.guidance[1:])
-        return evaluate_source(source, self.sampler, self.sources, steps, both_halves=both)
+        storage = source_features if isinstance(source_features, ReferenceCache) else ReferenceCache()
+        return evaluate_source(source, self.sampler, self.sources, steps, storage, both_halves=both)
 
     def _alike(self, source: Denoiser, level: int) -> bool:
         here = self.sampler.condition(source, level)

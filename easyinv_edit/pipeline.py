@@ -186,8 +186,9 @@ class EditPipeline:
         control: a name of `CONTROLLERS`, a mapping with "name" and settings, or an object; style: a second inversion, of the
         same method and size, for controllers that read one; batch_size: targets sampled at once, by default all;
         source_features: "live" (the source's rows beside the targets'), "exact" (the pinned source evaluated once, before),
-        "inversion" (kept by `invert(keep_features=...)`; an approximation), a cache from `source_features`, or "auto", which is
-        exact where the prompts take several batches; guidance_scale: of the targets, 1 turns guidance off;
+        "inversion" (kept by `invert(keep_features=...)`; an approximation), "auto" (exact where the prompts take several
+        batches, else live), or a `ReferenceCache`: an empty one says where, in which dtype and within how many bytes exact
+        features are kept, and can be given again for more prompts; guidance_scale: of the targets, 1 turns guidance off;
         source_guidance_scale: of the source branch, by default that of the inversion, and without effect where the source is
         pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes its reconstruction
         exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is kept), 1 forgetting

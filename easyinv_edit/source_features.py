@@ -37,17 +37,17 @@ def evaluate_source(
     sampler: Sampler,
     trajectory: Trajectory,
     steps: dict[int, list[str]],
+    cache: ReferenceCache,
     *,
     both_halves: bool,
-    storage: ReferenceCache | None = None,
 ) -> ReferenceCache:
     """Features of the exact source pass.
 
     source: the source row alone, with its negative conditioning; steps: from `readable`; both_halves: whether the unconditional
-    half is read too; storage: an empty cache that says dtype, device and byte limit. Cost: one evaluation per step, or two.
+    half is read too; cache: an empty one, which is filled and returned. Cost: one evaluation per step, or two.
     """
     halves: list[Any] = ["unconditional", "conditional"] if both_halves else ["conditional"]
-    cache = replace(storage or ReferenceCache(()), rows=tuple(StreamRow("source", 0, half) for half in halves))
+    cache.rows = tuple(StreamRow("source", 0, half) for half in halves)
     wanted, total = sorted(step for step, paths in steps.items() if paths), len(source.schedule)
     sites = sorted({path for paths in steps.values() for path in paths})
     with recording(source.backbone.network, sites, cache) as recorder:
