@@ -13,7 +13,8 @@ from attention_control.sites import AttentionSite
 from attention_control.streams import Role
 
 FEWEST_TOKENS = 200
-"""Maps are taken from the coarsest sites with at least so many places: 16 x 16 for SD at 512 pixels, as the papers do."""
+"""Maps are taken from the coarsest sites with at least so many places, where there are several: 16 x 16 for SD at 512 pixels,
+as the papers do."""
 
 
 @dataclass
@@ -39,8 +40,10 @@ class CrossMaps:
 
 def map_sites(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> tuple[list[AttentionSite], tuple[int, int]]:
     """The cross-attention sites to take maps from, and the maps' (height, width)."""
-    fine = [site for site in sites if site.tokens(latent_size) >= FEWEST_TOKENS]
-    chosen = max((site.downscale for site in fine), default=min((site.downscale for site in sites), default=1))
+    scales = [site.downscale for site in sites]
+    fine = [site.downscale for site in sites if site.tokens(latent_size) >= FEWEST_TOKENS]
+    several = [scale for scale in fine if scales.count(scale) > 1]
+    chosen = max(several or fine or [min(scales, default=1)])
     size = math.ceil(latent_size[0] / chosen), math.ceil(latent_size[1] / chosen)
     return [site for site in sites if site.downscale == chosen], size
 

@@ -76,10 +76,11 @@ def resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """A mask (h, w) at another size: averaged where it shrinks, linear where it grows."""
     if tuple(mask.shape) == size:
         return mask
-    shrinks = mask.shape[0] >= size[0] and mask.shape[1] >= size[1]
-    if shrinks:
-        return functional.adaptive_avg_pool2d(mask[None, None], size)[0, 0]
-    return functional.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    smaller = min(mask.shape[0], size[0]), min(mask.shape[1], size[1])
+    pooled = functional.adaptive_avg_pool2d(mask[None, None], smaller)
+    if smaller == size:
+        return pooled[0, 0]
+    return functional.interpolate(pooled, size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def usable(mask: Tensor) -> bool:

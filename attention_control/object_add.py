@@ -9,6 +9,7 @@ which takes gradients through the network, and their clustering are left out.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -83,7 +84,7 @@ class BoxBias:
     def bias(self, step: int, target: int, size: tuple[int, int]) -> Tensor | None:
         """(places, text tokens)."""
         inside = box_mask(self.box, size).flatten()
-        added = torch.zeros(inside.numel(), self.lengths[target])
+        added = torch.zeros(inside.numel(), self.lengths[target], dtype=torch.float64)
         added[:, list(self.tokens[target])] = (self.strength * (2 * inside - 1))[:, None]
         return added
 
@@ -120,8 +121,11 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> T
     """1 inside the box, 0 outside, (h, w); at least one place."""
     height, width = size
     left, top, right, bottom = box
-    x0, y0 = min(int(left * width), width - 1), min(int(top * height), height - 1)
-    x1, y1 = max(round(right * width), x0 + 1), max(round(bottom * height), y0 + 1)
-    mask = torch.zeros(size)
-    mask[y0:y1, x0:x1] = 1
+    mask = torch.zeros(size, dtype=torch.float64)
+    mask[_span(top, bottom, height), _span(left, right, width)] = 1
     return mask
+
+
+def _span(start: float, stop: float, count: int) -> slice:
+    """Every place that lies in the interval by more than rounding."""
+    return slice(math.floor(start * count + 1e-9), math.ceil(stop * count - 1e-9))

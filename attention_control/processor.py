@@ -191,6 +191,8 @@ class CrossProcessor:
             rearrange(f(y), "b n (h d) -> b n h d", h=attn.heads)
             for f, y in ((attn.to_q, x), (attn.to_k, words), (attn.to_v, words))
         )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
         maps = {}
         for place, row in enumerate(rows):
             bias = plan.bias(row, x.shape[1])

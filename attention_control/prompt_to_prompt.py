@@ -6,8 +6,9 @@ up or down; self-attention follows the source's for some steps; and outside what
 are put back (local blend). Applied to the conditional half of guidance, as in the authors' code.
 
 Differences from it: words are matched through the tokenizer's offsets, so case and punctuation do not matter and a missing word
-is an error; the prompts' shared words are found by their longest common subsequence, which is their alignment's score; maps
-have any size; self-attention supplies the source's queries and keys instead of storing maps, which is the same thing.
+is an error; the prompts' shared words are found by their longest common subsequence, which is their alignment's score; the
+padding is aligned from the end marks on; maps have any size; self-attention supplies the source's queries and keys instead of
+storing maps, which is the same thing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from attention_control.routes import Route
 from attention_control.run import Program, Run
 from attention_control.settings import Share, Sites, Step
 from attention_control.sites import resolve_step
-from attention_control.words import Words, normal
+from attention_control.words import Words, is_mark, normal
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -74,7 +75,7 @@ class PromptToPrompt:
         stops = torch.full((target.length,), float(resolve_step(self.cross_steps, num_steps)))
         for word, step in self.word_steps.items():
             stops[target.find(word)] = float(resolve_step(step, num_steps))
-        factors = torch.ones(target.length)
+        factors = torch.ones(target.length, dtype=torch.float64)
         for word, factor in self.reweight.items():
             factors[target.find(word)] = factor
         return TargetEdit(matrix, follows, stops, factors)
@@ -132,7 +133,7 @@ def token_map(source: Words, target: Words, pairs: list[tuple[int, int]]) -> tup
 
     A word of several tokens spreads over its partner's: one to one where they are as many, else each gets an equal share.
     """
-    matrix = torch.zeros(source.length, target.length)
+    matrix = torch.zeros(source.length, target.length, dtype=torch.float64)
     matrix[0, 0] = 1
     for i, j in pairs:
         theirs, own = source.tokens[i], target.tokens[j]
@@ -147,12 +148,13 @@ def token_map(source: Words, target: Words, pairs: list[tuple[int, int]]) -> tup
 
 
 def _paired(source: Words, target: Words) -> list[tuple[int, int]]:
-    if len(source.words) != len(target.words):
+    theirs, own = ([i for i, word in enumerate(w.words) if not is_mark(word)] for w in (source, target))
+    if len(theirs) != len(own):
         raise ControlError(
-            f"mode 'replace' pairs the words one by one, but the source prompt has {len(source.words)} and the target "
-            f"{len(target.words)}: {' '.join(target.words)!r}; write as many, or use mode 'refine'"
+            f"mode 'replace' pairs the words one by one, but the source prompt has {len(theirs)} and the target {len(own)}: "
+            f"{' '.join(target.words)!r}; write as many, or use mode 'refine'"
         )
-    return [(i, i) for i in range(len(source.words))]
+    return list(zip(theirs, own, strict=True))
 
 
 def _shared(source: Words, target: Words) -> list[tuple[int, int]]:

@@ -165,7 +165,9 @@ class Session:
     def _require_sources(self) -> None:
         assert self._streams is not None
         reading = any(route.reads for route in self._active.values())
-        if reading and not self._cached(self._step):
+        reading = reading and not self._cached(self._step)
+        reading = reading or any(edit.reads_source and edit.active(self._step) for edit in self.program.cross)
+        if reading and self._streams.targets:
             self._streams.source_of(self._streams.targets[0])
 
     def _size(self, path: str) -> tuple[int, int]:

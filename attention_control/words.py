@@ -32,10 +32,15 @@ class Words:
 
     def places(self, phrase: str) -> list[int]:
         """Indices of the words of `phrase`, at its first occurrence. Raises ControlError, listing the prompt's words."""
-        wanted = [key for key in (normal(word) for word in phrase.split()) if key]
-        for start in range(len(self.words) - len(wanted) + 1):
-            if wanted and list(self.keys[start : start + len(wanted)]) == wanted:
-                return list(range(start, start + len(wanted)))
+        wanted = _letters(phrase)
+        for start in range(len(self.words)):
+            read = ""
+            for end in range(start, len(self.words)):
+                read += _letters(self.words[end])
+                if read == wanted and (wanted or normal(phrase) == normal(self.words[end])):
+                    return list(range(start, end + 1))
+                if not wanted.startswith(read) or not _letters(self.words[start]):
+                    break
         known = ", ".join(repr(word) for word in self.words) or "none, the prompt is empty"
         raise ControlError(f"the word {phrase!r} is not in its prompt; its words are {known}")
 
@@ -48,6 +53,20 @@ class Words:
 
 
 def normal(word: str) -> str:
-    """A word without case and surrounding punctuation."""
-    folded = unicodedata.normalize("NFKC", word).casefold()
-    return folded.strip("".join({c for c in folded if not c.isalnum()}))
+    """A word without case and surrounding punctuation; a mark or a picture is itself."""
+    folded = _folded(word)
+    return folded.strip("".join({c for c in folded if not c.isalnum()})) or folded
+
+
+def is_mark(word: str) -> bool:
+    """Whether a word is punctuation alone."""
+    return all(unicodedata.category(c).startswith("P") for c in word)
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, without case."""
+    return "".join(c for c in _folded(text) if c.isalnum())
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ class StableDiffusion:
         length = tokenizer.model_max_length
         offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         kept = len(self._cut(prompt))
-        spans = [match.span() for match in re.finditer(r"\w+(?:['\u2019-]\w+)*|[^\w\s]", prompt)]
+        spans = _word_spans(prompt)
         places = [
             tuple(1 + i for i, (a, b) in enumerate(offsets) if a < end and b > start and end <= kept) for start, end in spans
         ]
@@ -181,6 +182,22 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     if a.get("family") != b.get("family") or len(a.get("probe", ())) != len(b.get("probe", ())):
         return False
     return all(math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-6) for x, y in zip(a["probe"], b["probe"], strict=True))
+
+
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    """Where each word begins and ends: letters, digits and their accents, with apostrophes and hyphens inside; any other sign
+    that is no space is a word of its own."""
+    letter = [unicodedata.category(c)[0] in "LNM" or c == "_" for c in text]
+    inside = [
+        letter[i] or (c in "'\u2019-" and 0 < i < len(text) - 1 and letter[i - 1] and letter[i + 1]) for i, c in enumerate(text)
+    ]
+    spans: list[tuple[int, int]] = []
+    for i, c in enumerate(text):
+        if inside[i] and i and inside[i - 1] and spans:
+            spans[-1] = (spans[-1][0], i + 1)
+        elif not c.isspace():
+            spans.append((i, i + 1))
+    return spans
 
 
 @contextmanager
