@@ -77,11 +77,11 @@ def _copy_feature(unet: nn.Module, path: str, session: Session) -> Any:
     except AttributeError as error:
         raise ControlError(f"the UNet has no module {path!r} whose features could be copied") from error
 
-    def copy(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def copy(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if not session.copies(path):
             return output
         streams = session.streams
-        return output[[i if row.role == "source" else streams.source_of(i) for i, row in enumerate(streams.rows)]]
+        return _rows_of(output, [i if row.role == "source" else streams.source_of(i) for i, row in enumerate(streams.rows)])
 
     return module.register_forward_hook(copy)
 
@@ -97,6 +97,13 @@ def reading(unet: nn.Module, program: Program, run: Run) -> dict[int, list[str]]
         active = (p for p, routes in chosen.items() if any(r.reads and r.active(step, run.num_steps) for r in routes))
         found[step] = list(active)
     return found
+
+
+def _rows_of(output: Any, rows: list[int]) -> Any:
+    """The rows of every tensor of a module's output."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    return type(output)(_rows_of(part, rows) for part in output) if isinstance(output, tuple | list) else output
 
 
 def assign(routes: Sequence[Route], sites: Sequence[AttentionSite], run: Run) -> dict[str, list[Route]]:

@@ -25,9 +25,10 @@ def _controller(choice: Any) -> Any:
             raise ValueError(f"should hold controllers: names, or mappings with name and settings ({', '.join(CONTROLLERS)})")
         return choice
     fields = {str(key): value for key, value in choice.items() if key != "name"}
-    if choice.get("name") not in CONTROLLERS:
-        raise ValueError(f"controller {choice.get('name')!r} is unknown; choose {', '.join(CONTROLLERS)}")
-    return CONTROLLERS[choice["name"]](**fields)
+    name = choice.get("name")
+    if not isinstance(name, str) or name not in CONTROLLERS:
+        raise ValueError(f"controller {name!r} is unknown; choose {', '.join(CONTROLLERS)}")
+    return CONTROLLERS[name](**fields)
 
 
 def _some(controllers: tuple[Any, ...]) -> tuple[Any, ...]:

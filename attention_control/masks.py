@@ -83,6 +83,6 @@ def resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(pooled, size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
-def usable(mask: Tensor) -> bool:
-    """Whether anything can be read through a mask: an empty one would leave attention without a key."""
-    return bool(torch.any(mask > 0.05))
+def readable(masks: Tensor) -> Tensor:
+    """Masks (rows, tokens), those with nothing in them replaced by all: attention needs a key to read."""
+    return torch.where((masks > 0.05).any(-1, keepdim=True), masks, torch.ones_like(masks))

@@ -17,15 +17,16 @@ from attention_control.features import FeatureCopy
 from attention_control.routes import Route
 from attention_control.run import Program, Run
 from attention_control.settings import Sites, Step
+from attention_control.sites import resolve_step
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PlugAndPlay:
     """Plug-and-Play (arXiv 2211.12572).
 
-    stop_step: until when attention is controlled; sites: decoder self-attention sites; feature: the module whose output is
-    copied, empty for none; feature_stop_step: until when. The authors' source has an empty prompt; with another, each half of
-    guidance reads its own. Cost: the source's row until the later of both stops.
+    stop_step: until when attention is controlled, 0 for never; sites: decoder self-attention sites; feature: the module whose
+    output is copied, empty for none; feature_stop_step: until when. The authors' source has an empty prompt; with another, each
+    half of guidance reads its own. Cost: the source's row until the later of both stops.
     """
 
     stop_step: Step = 0.5
@@ -38,5 +39,9 @@ class PlugAndPlay:
 
     def program(self, run: Run) -> Program:
         """The route, and the copy of the feature."""
-        copies = (FeatureCopy(self.feature, 0, self.feature_stop_step),) if self.feature else ()
-        return Program(routes=(Route("source", "source", "own", self.sites, 0, self.stop_step),), features=copies)
+        copied = self.feature and resolve_step(self.feature_stop_step, run.num_steps) > 0
+        routed = resolve_step(self.stop_step, run.num_steps) > 0
+        return Program(
+            routes=(Route("source", "source", "own", self.sites, 0, self.stop_step),) if routed else (),
+            features=(FeatureCopy(self.feature, 0, self.feature_stop_step),) if copied else (),
+        )

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attention_control.cross_maps import probabilities
-from attention_control.masks import usable
+from attention_control.masks import readable
 
 FLOOR = -1e4  # the logarithm of nothing: finite in half precision
 
@@ -101,18 +101,22 @@ class RoutedProcessor:
         if plan.adain:
             q = adain(q, _pick(query, plan.source))
             own_key = None if own_key is None else adain(own_key, k)
-        out = self._weighed(q, k, v, own_key, own_value, plan, plan.key_mask)
-        if plan.query_mask is not None:
-            inside = plan.query_mask.to(out)[:, :, None, None]
+
+        def attended(queries: Tensor) -> Tensor:
+            out = self._weighed(queries, k, v, own_key, own_value, plan, plan.key_mask)
+            if plan.query_mask is None:
+                return out
             if plan.key_mask is None:
                 outside = self._attend(*(_pick(x, own) for x in (query, key, value)))
             else:
-                outside = self._weighed(q, k, v, own_key, own_value, plan, 1 - plan.key_mask)
-            out = inside * out + (1 - inside) * outside
-        if plan.away != 1:
-            base = self._attend(_pick(query, plan.source), k, v)
-            out = base + plan.away * (out - base)
-        return out
+                outside = self._weighed(queries, k, v, own_key, own_value, plan, 1 - plan.key_mask)
+            inside = plan.query_mask.to(out)[:, :, None, None]
+            return inside * out + (1 - inside) * outside
+
+        if plan.away == 1:
+            return attended(q)
+        base = attended(_pick(query, plan.source))
+        return base + plan.away * (attended(q) - base)
 
     def _weighed(
         self,
@@ -126,8 +130,7 @@ class RoutedProcessor:
     ) -> Tensor:
         """Attention to the source's keys, weighed by a mask, joined with the row's own where the share says so."""
         dtype = torch.promote_types(key.dtype, torch.float32)
-        weights = None if mask is None else torch.stack([row if usable(row) else torch.ones_like(row) for row in mask])
-        weights = None if weights is None else weights.to(key.device, dtype)
+        weights = None if mask is None else readable(mask).to(key.device, dtype)
         if own_key is None or own_value is None:
             return self._attend(query, key, value, None if weights is None else _log(weights, key))
         rows, tokens = key.shape[:2]

@@ -41,11 +41,12 @@ class Run:
 
     def mask(self, given: Any) -> Tensor:
         """A user's mask (h, w) in [0, 1] on the CPU, any size."""
-        if isinstance(given, Tensor):
-            return given.detach().cpu().float().clamp(0, 1)
-        if self.read_mask is None:
-            raise ControlError(f"a mask must be a tensor (h, w) here, not {type(given).__name__}")
-        return self.read_mask(given)
+        if self.read_mask is not None:
+            return self.read_mask(given)
+        if not isinstance(given, Tensor) or given.ndim != 2 or not given.numel():
+            what = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ControlError(f"a mask must be a tensor (h, w) of values from 0 to 1 here, not {what}")
+        return given.detach().cpu().float().clamp(0, 1)
 
 
 class CrossEdit(Protocol):
