@@ -20,15 +20,16 @@ from attention_control.streams import StreamRow, Streams
 class ReferenceCache:
     """Layer inputs (rows, tokens, channels) by step and site.
 
-    rows: which source rows each holds, set by who fills it; dtype: of storage, by default what they come in; device: where they
-    lie, by default where they come from; on the CPU of a CUDA run they lie in pinned memory and the next step's are fetched
-    ahead; max_bytes: above it ControlError says what would fit.
+    rows, frame: which source rows each holds, and (steps, (height, width)) of the run; who fills it sets them; dtype: of
+    storage, by default what they come in; device: where they lie, by default where they come from; on the CPU of a CUDA run
+    they lie in pinned memory and the next step's are fetched ahead; max_bytes: above it ControlError says what would fit.
     """
 
     rows: tuple[StreamRow, ...] = ()
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     max_bytes: int | None = None
+    frame: tuple[int, tuple[int, int]] | None = None
     _inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _ahead: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 

@@ -54,7 +54,7 @@ class Editing:
         """
         count = self.sources.latents.shape[1]
         targets = list(range(count, start.shape[0]))
-        size = batch_size or len(targets)
+        size = len(targets) if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch_size is {size}; it must be at least 1")
         parts = deque(targets[i : i + size] for i in range(0, len(targets), size))
@@ -91,31 +91,53 @@ class Editing:
             raise InputError(f"source_features is {source_features!r}; choose {', '.join(MODES)}, or give a cache")
         if source_features == "live" or (source_features == "auto" and parts == 1):
             return None
-        steps = readable(self.backbone, self.control, self._run(words)) if self.pinned else None
-        if steps is None:
+        steps = readable(self.backbone, self.control, self._run(words))
+        if steps is None or not self.pinned or self.sampler.calls != 1:
             if source_features == "auto":
                 return None
-            why = "its controller needs the source's own rows" if self.pinned else "the source is not pinned"
-            raise InputError(f"source_features {source_features!r} cannot be used: {why}; use 'live'")
+            given = "a cache" if isinstance(source_features, ReferenceCache) else repr(source_features)
+            raise InputError(f"source_features {given} cannot be used: {self._why_not(steps)}; use 'live'")
         if source_features == "inversion":
             if self.sources.features is None:
                 raise InputError("source_features 'inversion': none were kept; invert with keep_features, or use 'exact'")
             return self._covering(self.sources.features, steps)
-        if isinstance(source_features, ReferenceCache) and source_features.steps:
-            return self._covering(source_features, steps)
         source = denoiser.select([0])
-        assert source.negative is not None
         alike = all(self._alike(source, level) for level in range(1, len(denoiser.schedule) + 1))
         read = any(route.halves == "both" for route in self.control.program(self._run(words)).routes)
         both = read and not alike and any(scale != 1 for scale in denoiser.guidance[1:])
         storage = source_features if isinstance(source_features, ReferenceCache) else ReferenceCache()
+        if storage.steps:
+            if both and len(storage.rows) == 1:
+                raise InputError("the source features lack the unconditional half, which guided targets read; fill a new cache")
+            return self._covering(storage, steps)
+        storage.frame = self._frame
         return evaluate_source(source, self.sampler, self.sources, steps, storage, both_halves=both)
+
+    def _why_not(self, steps: dict[int, list[str]] | None) -> str:
+        if not self.pinned:
+            return "the source is not pinned"
+        if steps is None:
+            return "its controller needs the source's own rows"
+        return "the inversion method evaluates each level more than once"
+
+    @property
+    def _frame(self) -> tuple[int, tuple[int, int]]:
+        height, width = self.sources.latents.shape[-2:]
+        return len(self.sources.schedule), (height, width)
 
     def _alike(self, source: Denoiser, level: int) -> bool:
         here = self.sampler.condition(source, level)
         return here.negative is not None and here.conditioning.equals(here.negative)
 
     def _covering(self, cache: ReferenceCache, steps: dict[int, list[str]]) -> ReferenceCache:
+        if cache.frame is not None and cache.frame[1] != self._frame[1]:
+            theirs, mine = (" x ".join(map(str, size)) for size in (cache.frame[1], self._frame[1]))
+            raise InputError(f"the source features are of latents of size {theirs}, these are {mine}; keep them at this size")
+        if cache.frame is not None and cache.frame[0] != self._frame[0]:
+            raise InputError(
+                f"the source features are of {cache.frame[0]} steps, these are {self._frame[0]}; they were kept for another "
+                "controller or step count"
+            )
         if missing := [step for step, paths in steps.items() if not cache.holds(step, paths)]:
             raise InputError(f"the source features lack step {missing[0]}; they were kept for another controller or step count")
         return cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -39,7 +39,7 @@ from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
 from easyinv_edit.rows import source_scale, start_rows, words_of
 from easyinv_edit.sampling import sample
-from easyinv_edit.source_features import kept_while_inverting, readable
+from easyinv_edit.source_features import kept_while_inverting
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -155,7 +155,13 @@ class EditPipeline:
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, level - 1, schedule.timesteps[level], {"latents": z})
 
-            with self._kept(denoiser, z0, chosen, keep_features) as (inverting, features):
+            with ExitStack() as stack:
+                inverting, features = denoiser, None
+                if keep_features is not None:
+                    run = Run(num_inference_steps, _sides(z0), read_mask=reader(fitted[0][1].as_dict(), self._pixels(z0)))
+                    control = build(CONTROLLERS, keep_features, "controller")
+                    kept = kept_while_inverting(denoiser, control, run, chosen.name, getattr(chosen, "passes", 1))
+                    inverting, features = stack.enter_context(kept)
                 batch = chosen.invert(inverting, z0, on_level, generator)
         identity = {**self.backbone.identity(), "name": self.name}
         rows = replace(batch, model=identity, cost=cost, features=features).rows()
@@ -319,24 +325,6 @@ class EditPipeline:
         rows = range(len(prompts))
         negative = embedded.select([len(prompts)] * len(prompts))
         return Denoiser(self.backbone, schedule, embedded.select(rows), guidance, negative)
-
-    @contextmanager
-    def _kept(
-        self, denoiser: Denoiser, z0: Tensor, method: Any, control: Any
-    ) -> Iterator[tuple[Denoiser, ReferenceCache | None]]:
-        """The denoiser to invert with and, where they are asked for, the source features it leaves."""
-        if control is None:
-            yield denoiser, None
-            return
-        run = Run(len(denoiser.schedule), _sides(z0))
-        chosen = build(CONTROLLERS, control, "controller")
-        steps = readable(self.backbone, chosen, run)
-        if steps is None:
-            raise InputError(
-                f"{chosen.name}: needs the source's own rows, so its features cannot be kept; leave keep_features out"
-            )
-        with kept_while_inverting(denoiser, steps, method.name, getattr(method, "passes", 1)) as kept:
-            yield kept
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], Any]]:

@@ -48,6 +48,7 @@ class Sampler:
     companion: (level, latents z) -> the second latents (same shape) that go with z at that level, for methods whose state is a
         pair; called for the start of every row and for the pinned source;
     after: runs after each step on all rows, before the caller's own `after_step`;
+    calls: how often a step calls the network;
     start: the level sampling starts at, T by default;
     source_guidance: the scale the source branch is reconstructed at, by default the one it was inverted at.
     """
@@ -56,6 +57,7 @@ class Sampler:
     condition: Callable[[Denoiser, int], Denoiser] = _unchanged
     companion: Callable[[int, Tensor], Tensor] | None = None
     after: AfterStep | None = None
+    calls: int = 1
     start: int | None = None
     source_guidance: float | None = None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_control import Controller, ReferenceCache, Run, StreamRow, recording
+from attention_control import ControlError, Controller, ReferenceCache, Run, StreamRow, recording
 from attention_control.attach import reading
 from easyinv_edit.conditioning import Conditioning, concatenate
 from easyinv_edit.denoiser import Denoiser
@@ -51,14 +51,21 @@ def evaluate_source(
     wanted, total = sorted(step for step, paths in steps.items() if paths), len(source.schedule)
     sites = sorted({path for paths in steps.values() for path in paths})
     with recording(source.backbone.network, sites, cache) as recorder:
-        for first in range(0, len(wanted), LEVELS_AT_ONCE):
-            part = wanted[first : first + LEVELS_AT_ONCE]
+        at_once = LEVELS_AT_ONCE
+        while wanted:
+            part = wanted[:at_once]
             levels = [total - step for step in part]
             z = torch.cat([trajectory.latents[level][:1] for level in levels for _ in halves]).to(source.backbone.device)
             labels = torch.tensor([source.schedule.timesteps[level] for level in levels for _ in halves], device=z.device)
             rows = [_half(sampler.condition(source, level), half) for level in levels for half in halves]
             recorder.at(part)
-            source.backbone.predict(z, labels, concatenate(rows))
+            try:
+                source.backbone.predict(z, labels, concatenate(rows))
+                wanted = wanted[len(part) :]
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                at_once = max(1, at_once // 2)
     return cache
 
 
@@ -69,15 +76,25 @@ def _half(denoiser: Denoiser, half: str) -> Conditioning:
 
 @contextmanager
 def kept_while_inverting(
-    denoiser: Denoiser, steps: dict[int, list[str]], method: str, passes: int
+    denoiser: Denoiser, control: Any, run: Run, method: str, passes: int
 ) -> Iterator[tuple[Denoiser, ReferenceCache]]:
     """The denoiser to invert with, and the cache that its evaluations fill: the last one at each level counts.
 
-    Raises InputError for methods whose last evaluation of a level is not one of the source.
+    Raises InputError for controllers that need the source's own rows, and for methods whose last evaluation of a level is not
+    one of the source.
     """
+    try:
+        steps = readable(denoiser.backbone, control, run)
+    except ControlError:  # what it points at is not there yet
+        steps = None
+    if steps is None:
+        raise InputError(
+            f"{control.name}: needs the source's own rows, so its features cannot be kept; leave keep_features out"
+        )
     if passes != 1 or len(denoiser.guidance) != 1:
         raise InputError(f"{method}: features cannot be kept while it inverts; use source_features='exact' when editing")
-    cache = ReferenceCache(tuple(StreamRow("source", 0, row.half) for row in denoiser.batch))
+    rows = tuple(StreamRow("source", 0, row.half) for row in denoiser.batch)
+    cache = ReferenceCache(rows, frame=(run.num_steps, run.latent_size))
     sites = sorted({path for paths in steps.values() for path in paths})
     total = len(denoiser.schedule)
     step_of = {label: total - level for level, label in enumerate(denoiser.schedule.timesteps) if level}

@@ -70,7 +70,7 @@ class EDICT(InversionMethod):
             apart = trajectory.extras["companion"][level] - trajectory.latents[level]
             return z + spread(apart.to(z), len(z))
 
-        return Sampler(step=self._down, companion=companion)
+        return Sampler(step=self._down, companion=companion, calls=2)
 
     def _swaps(self, level: int, steps: int) -> bool:
         return self.leapfrog and (steps - level) % 2 == 1
