@@ -277,7 +277,8 @@ COST_COLUMNS: tuple[Column, ...] = (
     ("evaluations", "evaluations", ""),
     ("seconds", "seconds", ".1f"),
     ("relative_seconds", "of the four rows'", ".2f"),
-    ("difference", "difference", ".1e"),
+    ("difference", "difference of latents", ".1e"),
+    ("psnr", "of pictures, dB", ".0f"),
 )
 
 

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from attention_control import CONTROLLERS
-from easyinv_edit.choices import nearest, plain, problems, shown
+from easyinv_edit.choices import build, nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.inversion import INVERSIONS
 from easyinv_edit.places import Places, leaves, places_of
@@ -218,7 +218,18 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     for group, registry in REGISTRIES.items():
         if isinstance(content.get(group), dict):
             found += [((group, *path), problem) for path, problem in _check_method(content[group], registry)]
-    return found
+    return found or _check_style(content)
+
+
+def _check_style(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """A second picture is given exactly where the controller reads one."""
+    control = build(CONTROLLERS, content.get("control", "masactrl"), "controller")
+    reads = getattr(control, "sources", 1) > 1
+    if reads and content.get("style") is None:
+        return [(("control",), f"{control.name} reads a second picture; give it as style")]
+    if not reads and content.get("style") is not None:
+        return [(("style",), f"{control.name} reads no second picture; leave it out, or use the portrait controller")]
+    return []
 
 
 def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> list[tuple[tuple[str, ...], str]]:

@@ -122,3 +122,25 @@ def test_a_file_with_settings_of_no_method_is_refused_in_words(
     assert code == 2
     assert "inversion method bdia: gamma: should be less than or equal to 1 (got 7)" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "says"),
+    [
+        ("control: portrait", "1:1: control", "portrait reads a second picture; give it as style"),
+        ("control: masactrl\nstyle: a.png", "2:1: style", "masactrl reads no second picture; leave it out"),
+        ("style: a.png", "1:1: style", "masactrl reads no second picture"),
+        ("control: {name: compose, controllers: [portrait]}", "1:1: control", "compose reads a second picture"),
+        (
+            "control: {name: compose, controllers: [{name: structure, sites: x}]}",
+            "1:58: control.controllers.0.sites",
+            "cannot read",
+        ),
+        ("control: {name: compose, controllers: [{name: masactl}]}", "1:41: control.controllers.0.name", "did you mean"),
+        ("control: {name: object_add, word: ball}", "1:1: control.box", "is missing; object_add needs it"),
+    ],
+)
+def test_controllers_that_lack_something_are_refused_at_their_place(text: str, start: str, says: str) -> None:
+    (problem,) = problems(text)
+    assert problem.startswith(f"r.yaml:{start}: ")
+    assert says in problem
