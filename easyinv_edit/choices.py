@@ -38,7 +38,10 @@ def problems(error: ValidationError, method: type[Any]) -> list[tuple[str, str]]
     allowed = [f.name for f in dataclasses.fields(method)]
     lines = {}
     for item in error.errors(include_url=False):
-        key = str(item["loc"][0]) if item["loc"] else ""
+        if not item["loc"]:  # settings that do not go together
+            lines[""] = str(item["msg"]).removeprefix("Value error, ")
+            continue
+        key = str(item["loc"][0])
         if item["type"] == "unexpected_keyword_argument":
             lines[key] = (
                 f"{key}: unknown setting of {method.name}; allowed: {', '.join(allowed) or 'none'}{nearest(key, allowed)}"

@@ -245,9 +245,9 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     try:
         method(**{key: value for key, value in choice.items() if key != "name"})
     except ValidationError as error:
-        found = [((key,), text.removeprefix(f"{key}: ")) for key, text in problems(error, method)]
-        told = {path[0] for path, _ in below}
-        return below + [item for item in found if item[0][0] not in told]
+        found = [((key,) if key else (), text.removeprefix(f"{key}: ")) for key, text in problems(error, method)]
+        told = {path[:1] for path, _ in below}
+        return below + [item for item in found if item[0] not in told]
     return below
 
 

@@ -137,6 +137,7 @@ def test_a_file_with_settings_of_no_method_is_refused_in_words(
             "cannot read",
         ),
         ("control: {name: compose, controllers: [{name: masactl}]}", "1:41: control.controllers.0.name", "did you mean"),
+        ("control: {name: masactrl, keep_background: true}", "1:1: control", "keep_background needs a mask"),
         ("control: {name: object_add, word: ball}", "1:1: control.box", "is missing; object_add needs it"),
     ],
 )
