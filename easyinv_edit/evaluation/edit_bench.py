@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attention_control import CONTROLLERS
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS, Case, Task, make_cases
 from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.metrics import psnr
@@ -41,19 +42,18 @@ def _blended(case: Case) -> dict[str, Any]:
     return {"name": "prompt_to_prompt", **words, "blend_threshold": 0.45}
 
 
+def _by_default(name: str) -> Callable[[Case], dict[str, Any]]:
+    return lambda _case: {"name": name}
+
+
 CONTROLS: dict[str, Callable[[Case], dict[str, Any]]] = {
-    "none": lambda _case: {"name": "none"},
-    "masactrl": lambda _case: {"name": "masactrl"},
+    **{name: _by_default(name) for name, c in CONTROLLERS.items() if not hasattr(c, "example") and not hasattr(c, "sources")},
     "masactrl, union .7": lambda _case: {"name": "masactrl", "strength": 0.7},
     "masactrl, words": _masactrl_words,
-    "structure": lambda _case: {"name": "structure"},
-    "prompt_to_prompt": lambda _case: {"name": "prompt_to_prompt"},
     "prompt_to_prompt, blend": _blended,
-    "plug_and_play": lambda _case: {"name": "plug_and_play"},
-    "style_aligned": lambda _case: {"name": "style_aligned"},
 }
-"""What is compared, by the name in tables. Portrait needs a second picture and object_add a box, so they are not here. The
-embedded model's cross-attention is diffuse, so the thresholds on its maps are above the papers'."""
+"""What is compared, by the name in tables: every registered controller that needs no second picture, box or list, with its
+defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are above the papers'."""
 
 
 @dataclass(frozen=True)
