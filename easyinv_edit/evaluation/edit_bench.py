@@ -53,7 +53,8 @@ CONTROLS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "prompt_to_prompt, blend": _blended,
 }
 """What is compared, by the name in tables: every registered controller that needs no second picture, box or list, with its
-defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are above the papers'."""
+defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are above the
+papers'."""
 
 
 @dataclass(frozen=True)
