@@ -91,8 +91,8 @@ class Session:
         if self.reference is not None and self.device is not None:
             self.reference.fetch(step, self.device)
             self.reference.fetch(step + 1, self.device)
-        self._require_sources()
         try:
+            self._require_sources()
             yield
             if missed := set(self._active) - self._fired:
                 raise ControlError(
