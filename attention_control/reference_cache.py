@@ -20,9 +20,10 @@ from attention_control.streams import StreamRow, Streams
 class ReferenceCache:
     """Layer inputs (rows, tokens, channels) by step and site.
 
-    rows, frame: which source rows each holds, and (steps, (height, width)) of the run; who fills it sets them; dtype: of
-    storage, by default what they come in; device: where they lie, by default where they come from; on the CPU of a CUDA run
-    they lie in pinned memory and the next step's are fetched ahead; max_bytes: above it ControlError says what would fit.
+    rows, frame, source: which source rows each holds, (steps, (height, width)) of the run, and a few values that tell the
+    source; who fills it sets them; dtype: of storage, by default what they come in; device: where they lie, by default where
+    they come from; on the CPU of a CUDA run they lie in pinned memory and the next step's are fetched ahead; max_bytes: above
+    it ControlError says what would fit.
     """
 
     rows: tuple[StreamRow, ...] = ()
@@ -30,6 +31,7 @@ class ReferenceCache:
     device: torch.device | None = None
     max_bytes: int | None = None
     frame: tuple[int, tuple[int, int]] | None = None
+    source: tuple[float, ...] | None = None
     _inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _ahead: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -58,6 +60,10 @@ class ReferenceCache:
                 "store them in half precision, or edit without keeping them"
             )
         self._inputs.setdefault(step, {})[path] = kept
+
+    def clear(self) -> None:
+        """Forget everything, to be filled anew."""
+        self._inputs, self._ahead = {}, {}
 
     def holds(self, step: int, paths: Sequence[str]) -> bool:
         """Whether every one of these sites is kept at a step."""

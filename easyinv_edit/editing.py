@@ -16,7 +16,7 @@ from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import InputError
 from easyinv_edit.rows import laid_out, streams_of
 from easyinv_edit.sampling import Sampler, sample
-from easyinv_edit.source_features import evaluate_source, readable
+from easyinv_edit.source_features import evaluate_source, fingerprint, readable
 from easyinv_edit.trajectory import Trajectory
 
 MODES = ("auto", "live", "exact", "inversion")
@@ -67,12 +67,13 @@ class Editing:
                 own = [words[0], *(words[1 + r - count] for r in part)]
                 try:
                     done.append(self._batch(denoiser.select(rows), start[rows], own, reference, advance, on_step))
+                    continue
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise
-                    half = len(part) // 2
-                    parts.extendleft([part[half:], part[:half]])
-                    reference = reference or self._reference(denoiser, words, source_features, 2)
+                half = len(part) // 2  # here, where the failed batch's tensors are free again
+                parts.extendleft([part[half:], part[:half]])
+                reference = reference or self._reference(denoiser, words, source_features, 2)
         return torch.cat([done[0][:1], *(z[count:] for z in done)])
 
     @property
@@ -138,6 +139,8 @@ class Editing:
                 f"the source features are of {cache.frame[0]} steps, these are {self._frame[0]}; they were kept for another "
                 "controller or step count"
             )
+        if cache.source is not None and cache.source != fingerprint(self.sources):
+            raise InputError("the source features are of another inversion; keep them for this one, or fill a new cache")
         if missing := [step for step, paths in steps.items() if not cache.holds(step, paths)]:
             raise InputError(f"the source features lack step {missing[0]}; they were kept for another controller or step count")
         return cache
@@ -165,7 +168,7 @@ class Editing:
             return sample(
                 denoiser,
                 start,
-                sampler=laid_out(self.sampler, session.reads_both_halves, run.num_steps, count),
+                sampler=laid_out(self.sampler, session.reads_both_halves, run.num_steps, count, self.pinned),
                 pin=self.sources if self.pinned else None,
                 reads_source=session.reads_source,
                 control=lambda step, batch: session.step(step, streams_of(batch, count)),

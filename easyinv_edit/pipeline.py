@@ -39,7 +39,7 @@ from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
 from easyinv_edit.rows import source_scale, start_rows, words_of
 from easyinv_edit.sampling import sample
-from easyinv_edit.source_features import kept_while_inverting
+from easyinv_edit.source_features import fingerprint, kept_while_inverting
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -163,6 +163,8 @@ class EditPipeline:
                     kept = kept_while_inverting(denoiser, control, run, chosen.name, getattr(chosen, "passes", 1))
                     inverting, features = stack.enter_context(kept)
                 batch = chosen.invert(inverting, z0, on_level, generator)
+            if features is not None:
+                features.source = fingerprint(batch)
         identity = {**self.backbone.identity(), "name": self.name}
         rows = replace(batch, model=identity, cost=cost, features=features).rows()
         facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, strict=True)
@@ -233,11 +235,14 @@ class EditPipeline:
             "model": self.name,
             **inversion_recipe(trajectory),
             "prompts": prompts,
+            "style_prompt": "" if style is None else style.prompt,
             "negative_prompt": negative_prompt,
             "control": describe(chosen),
             "guidance_scale": guidance_scale,
             "source_guidance_scale": source_guidance_scale,
             "pin_source": pin_source,
+            "source_features": source_features if isinstance(source_features, str) else "exact",
+            "batch_size": batch_size,
             "noise_mix": noise_mix,
             "seed": None if generator is None else generator.initial_seed(),
             "size": list(self._pixels(start)),

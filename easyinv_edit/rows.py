@@ -54,26 +54,31 @@ def start_rows(
     return torch.cat([sources, own])
 
 
-def laid_out(sampler: Sampler, reads_both_halves: Callable[[int], bool], num_steps: int, sources: int = 1) -> Sampler:
+def laid_out(
+    sampler: Sampler, reads_both_halves: Callable[[int], bool], num_steps: int, sources: int = 1, pinned: bool = False
+) -> Sampler:
     """The sampler with the twins of the source rows decided at every level, after its own conditioning."""
 
     def condition(denoiser: Denoiser, level: int) -> Denoiser:
-        return with_source_twins(sampler.condition(denoiser, level), reads_both_halves(num_steps - level), sources)
+        return with_source_twins(sampler.condition(denoiser, level), reads_both_halves(num_steps - level), sources, pinned)
 
     return replace(sampler, condition=condition)
 
 
-def with_source_twins(denoiser: Denoiser, read_by_targets: bool, sources: int = 1) -> Denoiser:
+def with_source_twins(denoiser: Denoiser, read_by_targets: bool, sources: int = 1, pinned: bool = False) -> Denoiser:
     """Decide whether a source row needs an unconditional twin.
 
     Not where its prompt equals the negative one: guidance is then the identity, and one row serves both halves. Else where
-    its own guidance asks for it, or where guided targets read it: each half reads its own, as in MasaCtrl's own layout.
+    its own guidance asks for it and it is not pinned, or where guided targets read it: each half reads its own, as in
+    MasaCtrl's own layout.
     """
     assert denoiser.negative is not None
     guidance, rows = list(denoiser.guidance), range(len(denoiser.guidance))
     guided = any(scale != 1 for scale in guidance[sources:])
     twins = [scale != 1 for scale in guidance]
     for r in rows[:sources]:
+        if pinned:
+            guidance[r] = 1.0
         if denoiser.conditioning.select([r]).equals(denoiser.negative.select([r])):
             guidance[r], twins[r] = 1.0, False
         else:

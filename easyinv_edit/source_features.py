@@ -47,7 +47,7 @@ def evaluate_source(
     half is read too; cache: an empty one, which is filled and returned. Cost: one evaluation per step, or two.
     """
     halves: list[Any] = ["unconditional", "conditional"] if both_halves else ["conditional"]
-    cache.rows = tuple(StreamRow("source", 0, half) for half in halves)
+    cache.rows, cache.source = tuple(StreamRow("source", 0, half) for half in halves), fingerprint(trajectory)
     wanted, total = sorted(step for step, paths in steps.items() if paths), len(source.schedule)
     sites = sorted({path for paths in steps.values() for path in paths})
     with recording(source.backbone.network, sites, cache) as recorder:
@@ -64,9 +64,18 @@ def evaluate_source(
                 wanted = wanted[len(part) :]
             except torch.OutOfMemoryError:
                 if at_once == 1:
+                    cache.clear()
                     raise
                 at_once = max(1, at_once // 2)
+            except BaseException:
+                cache.clear()
+                raise
     return cache
+
+
+def fingerprint(trajectory: Trajectory) -> tuple[float, ...]:
+    """A few values of a trajectory's noisiest latent: what tells one inversion's features from another's."""
+    return tuple(trajectory.noise.flatten()[:8].tolist())
 
 
 def _half(denoiser: Denoiser, half: str) -> Conditioning:
@@ -83,14 +92,13 @@ def kept_while_inverting(
     Raises InputError for controllers that need the source's own rows, and for methods whose last evaluation of a level is not
     one of the source.
     """
+    name, why = getattr(control, "name", type(control).__name__), ""
     try:
         steps = readable(denoiser.backbone, control, run)
-    except ControlError:  # what it points at is not there yet
-        steps = None
+    except ControlError as error:  # what it points at is not there yet, or it cannot be attached at all
+        steps, why = None, f" ({error})"
     if steps is None:
-        raise InputError(
-            f"{control.name}: needs the source's own rows, so its features cannot be kept; leave keep_features out"
-        )
+        raise InputError(f"{name}: needs the source's own rows, so its features cannot be kept{why}; leave keep_features out")
     if passes != 1 or len(denoiser.guidance) != 1:
         raise InputError(f"{method}: features cannot be kept while it inverts; use source_features='exact' when editing")
     rows = tuple(StreamRow("source", 0, row.half) for row in denoiser.batch)
@@ -99,7 +107,7 @@ def kept_while_inverting(
     total = len(denoiser.schedule)
     step_of = {label: total - level for level, label in enumerate(denoiser.schedule.timesteps) if level}
     with recording(denoiser.backbone.network, sites, cache) as recorder:
-        told = _Told(denoiser.backbone, lambda label: recorder.at([step_of[label]]))
+        told = _Told(denoiser.backbone, lambda label: recorder.at([step_of[label]] if steps.get(step_of[label]) else []))
         yield replace(denoiser, backbone=told), cache
 
 

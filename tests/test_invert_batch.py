@@ -364,6 +364,6 @@ def test_a_pin_that_fits_is_taken() -> None:
     assert torch.equal(pinned(pin)[:1], pin.clean)
 
 
-def test_a_pin_of_several_images_is_refused() -> None:
-    with pytest.raises(TrajectoryError, match="2"):
-        pinned(DDIM().invert(toy(rows=2), smooth_latent(rows=2)))
+def test_a_pin_of_more_images_than_rows_is_refused() -> None:
+    with pytest.raises(TrajectoryError, match="holds 4 images, but 2 rows are sampled"):
+        pinned(DDIM().invert(toy(rows=4), smooth_latent(rows=4)))

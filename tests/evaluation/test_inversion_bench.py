@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from easyinv_edit.cli_bench import as_csv, markdown
+from easyinv_edit.cli_bench import INVERSION_COLUMNS, as_csv, markdown
 from easyinv_edit.errors import InputError
 from easyinv_edit.evaluation import inversion_bench as bench
 from easyinv_edit.evaluation.datasets import Item, chunks, folder, scenes
@@ -131,7 +131,7 @@ def test_the_summary_holds_means_and_ratios_to_ddim(finished: Ledger) -> None:
 
 def test_the_table_and_the_csv_hold_every_line(finished: Ledger) -> None:
     table = bench.summary(finished.rows, PLAN)
-    lines = markdown(table).splitlines()
+    lines = markdown(table, INVERSION_COLUMNS).splitlines()
     assert len(lines) == len(table) + 2
     assert len({line.count("|") for line in lines}) == 1
     read = list(csv.DictReader(as_csv(table).splitlines()))
@@ -181,7 +181,7 @@ def test_the_command_writes_its_table_its_numbers_and_its_figure(
     arguments += ["--methods", "ddim,easyinv", "-o", str(place), "--device", "cpu"]
     code, out, _ = command(*arguments)
     assert code == 0
-    assert "| all (1) | 2 | easyinv | 2 |" in out
+    assert "| all | 1 | 2 | easyinv | 2 |" in out
     assert sorted(path.name for path in place.iterdir()) == [
         "figure.png",
         "results.jsonl",
