@@ -98,7 +98,7 @@ class CrossCall:
         """Conditional target rows, where there is an edit."""
         return [i for i in self.watched if self.edits and self.streams.rows[i].role == "target"]
 
-    def bias(self, row: int, tokens: int) -> Tensor | None:
+    def bias(self, row: int) -> Tensor | None:
         """The sum of what the edits add to a target's logits."""
         if row not in self.changed:
             return None

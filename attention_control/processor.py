@@ -162,7 +162,7 @@ class CrossPlan(Protocol):
     def changed(self) -> Sequence[int]:
         """Those of them whose output is computed anew."""
 
-    def bias(self, row: int, tokens: int) -> Tensor | None:
+    def bias(self, row: int) -> Tensor | None:
         """Added to a row's logits before the softmax."""
 
     def settle(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -198,7 +198,7 @@ class CrossProcessor:
         key = key if attn.norm_k is None else attn.norm_k(key)
         maps = {}
         for place, row in enumerate(rows):
-            bias = plan.bias(row, x.shape[1])
+            bias = plan.bias(row)
             maps[row] = probabilities(query[place : place + 1], key[place : place + 1], bias)[0]
         settled = plan.settle(maps)
         if not settled:

@@ -8,7 +8,7 @@ latent is that of the level below (or an iterate), so it is an approximation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,8 @@ def evaluate_source(
     cache.rows, cache.source = tuple(StreamRow("source", 0, half) for half in halves), fingerprint(trajectory)
     wanted, total = sorted(step for step, paths in steps.items() if paths), len(source.schedule)
     sites = sorted({path for paths in steps.values() for path in paths})
-    with recording(source.backbone.network, sites, cache) as recorder:
+    with recording(source.backbone.network, sites, cache) as recorder, ExitStack() as stack:
+        stack.callback(cache.clear)
         at_once = LEVELS_AT_ONCE
         while wanted:
             part = wanted[:at_once]
@@ -64,12 +65,9 @@ def evaluate_source(
                 wanted = wanted[len(part) :]
             except torch.OutOfMemoryError:
                 if at_once == 1:
-                    cache.clear()
                     raise
                 at_once = max(1, at_once // 2)
-            except BaseException:
-                cache.clear()
-                raise
+        stack.pop_all()  # complete, so it is kept
     return cache
 
 

@@ -1,4 +1,4 @@
-"""How well an inversion is sampled back: every registered method on the same pictures.
+"""How well one inversion method is sampled back, on the pictures a tabletop model is judged by.
 
 Sampled back means unpinned, at guidance 1, under the prompt it was inverted with. A pinned source is exact by construction.
 """

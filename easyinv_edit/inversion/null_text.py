@@ -19,8 +19,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser
-from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, Pivots, by_name, settings_of
-from easyinv_edit.inversion.pivotal import Fit, fit_embeddings
+from easyinv_edit.inversion.base import SETTINGS, Generators, InversionMethod, OnLevel, Pivots, by_name
+from easyinv_edit.inversion.pivotal import Fit, refined
 from easyinv_edit.sampling import Sampler, spread
 from easyinv_edit.trajectory import Trajectory
 
@@ -53,10 +53,7 @@ class NullText(InversionMethod):
     ) -> Trajectory:
         """Invert clean latents z0 (rows, C, H, W) by the base, then fit from level T down."""
         pivots = self.base.invert(denoiser, z0, on_level, generator)
-        embeddings = fit_embeddings(self.name, denoiser, pivots, self._fit, on_level)
-        return replace(
-            pivots, method=self.name, settings=settings_of(self), extras={**pivots.extras, "null_embeddings": embeddings}
-        )
+        return refined(self, pivots, denoiser, self._fit, "null_embeddings", on_level)
 
     def evaluations(self, num_inference_steps: int, guided: bool = False) -> int:
         """The base's, and at most iterations + 2 per level."""

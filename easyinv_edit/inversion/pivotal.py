@@ -16,7 +16,7 @@ from torch import Tensor
 
 from easyinv_edit.denoiser import Denoiser, Half
 from easyinv_edit.errors import EasyInvWarning, NonFiniteError
-from easyinv_edit.inversion.base import OnLevel, frozen
+from easyinv_edit.inversion.base import InversionMethod, OnLevel, frozen, settings_of
 from easyinv_edit.schedule import require_finite
 from easyinv_edit.trajectory import Trajectory
 
@@ -51,6 +51,14 @@ class Fit:
         return self.learning_rate * (1 - step / (2 * steps))
 
 
+def refined(
+    method: InversionMethod, pivots: Trajectory, denoiser: Denoiser, fit: Fit, extra: str, on_level: OnLevel | None
+) -> Trajectory:
+    """The pivots as a trajectory of `method`, with the fitted embeddings under the name `extra`."""
+    embeddings = fit_embeddings(method.name, denoiser, pivots, fit, on_level)
+    return replace(pivots, method=method.name, settings=settings_of(method), extras={**pivots.extras, extra: embeddings})
+
+
 def fit_embeddings(method: str, denoiser: Denoiser, pivots: Trajectory, fit: Fit, on_level: OnLevel | None) -> Tensor:
     """Embeddings (T, rows, tokens, dim) of levels 1 .. T for the half that `fit` names, float32 or better.
 
@@ -61,11 +69,10 @@ def fit_embeddings(method: str, denoiser: Denoiser, pivots: Trajectory, fit: Fit
         raise ValueError("fitting embeddings needs a negative conditioning")
     _speak_of_half_precision(denoiser, method)
     steps, fitted = len(denoiser.schedule), []
-    z = pivots.noise
     with frozen(denoiser.backbone.network), torch.inference_mode(False):
         start = denoiser.negative if fit.half == "unconditional" else denoiser.conditioning
         embeddings = start.embeddings.clone().to(torch.promote_types(start.embeddings.dtype, torch.float32))
-        z, latents = z.clone(), pivots.latents.clone()
+        z, latents = pivots.noise.clone(), pivots.latents.clone()
         for level in range(steps, 0, -1):
             if on_level is not None:
                 on_level(level, z)

@@ -123,7 +123,10 @@ def test_every_control_can_be_built_for_every_case(name: str, pipe: EditPipeline
     for task in ALL_TASKS.values():
         case = bench.cases_of(task, SEED, 1)[0]
         made = pipe.invert(random_picture(case), case.source_prompt, "ddim", num_inference_steps=4)
-        pipe.edit(made, case.prompt, control=bench.CONTROLS[name](case), guidance_scale=3.0, output_type="latent")
+        result = pipe.edit(made, case.prompt, control=bench.CONTROLS[name](case), guidance_scale=3.0, output_type="latent")
+        assert isinstance(result.images, torch.Tensor)
+        assert result.images.shape == made.clean.shape
+        assert result.images.isfinite().all()
 
 
 def random_picture(case: bench.Case) -> torch.Tensor:
