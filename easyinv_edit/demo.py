@@ -13,7 +13,7 @@ from PIL import Image
 
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.figures import stack, strip
-from easyinv_edit.images import save_png
+from easyinv_edit.images import save_png, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.result import EditResult, versions, write_text
 from easyinv_edit.running import SCENE, source_image
@@ -66,7 +66,7 @@ def _edit(pipe: EditPipeline, example: Example, method: str, folder: Path) -> tu
     result = pipe(image, example.prompt, example.source_prompt, inversion=method, guidance_scale=GUIDANCE)
     facts = result.save(folder / f"{example.name}-{method}")
     free, _ = pipe.reconstruct(result.trajectory, guidance_scale=1.0)
-    back = psnr(*(_unit(pipe.backbone.decode(z)) for z in (free, result.trajectory.clean.to(free))))
+    back = psnr(*(to_unit(pipe.backbone.decode(z).double()) for z in (free, result.trajectory.clean.to(free))))
     row = {
         "source": example.name,
         "prompt": example.prompt,
@@ -89,10 +89,6 @@ def _overview(pipe: EditPipeline, result: EditResult) -> Image.Image:
 
 def _located(image: str) -> str:
     return image if image.startswith(SCENE) else str(files("easyinv_edit") / "tabletop" / "photos" / image)
-
-
-def _unit(pixels: Any) -> Any:
-    return (pixels.cpu().double() / 2 + 0.5).clamp(0, 1)
 
 
 def table(report: dict[str, Any]) -> str:

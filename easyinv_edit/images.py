@@ -268,6 +268,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def to_unit(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as values in [0, 1], clamped; same shape, dtype and device. What metrics compare."""
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
 def to_pil(pixels: Tensor) -> list[Image.Image]:
     """Pixels (rows, 3, H, W) in [-1, 1] as one RGB picture per row; the exact inverse of `to_tensor`."""
     return [Image.fromarray(row) for row in to_uint8(pixels).cpu().numpy()]

@@ -44,7 +44,10 @@ def finish(
         truth = trajectory.source.permute(2, 0, 1)[None].cpu()
         source = images.to_pil(truth.float() / 127.5 - 1)[0]
         unit = truth.double() / 255
-        quality = {"psnr": psnr(_unit(reconstruction).double(), unit), "vae_psnr": psnr(_unit(ceiling).double(), unit)}
+        quality = {
+            "psnr": psnr(images.to_unit(reconstruction).double(), unit),
+            "vae_psnr": psnr(images.to_unit(ceiling).double(), unit),
+        }
     return EditResult(
         images=_output(checked, trajectory, output_type),
         prompts=prompts,
@@ -73,15 +76,11 @@ def inversion_recipe(trajectory: Trajectory) -> dict[str, Any]:
 def _output(pixels: Tensor, trajectory: Trajectory, output_type: str) -> Any:
     """Pixels (B, 3, H, W) in [-1, 1] in the form asked for."""
     if output_type == "pt":
-        return _unit(pixels)
+        return images.to_unit(pixels)
     if output_type == "np":
-        return _unit(pixels).permute(0, 2, 3, 1).cpu().numpy()
+        return images.to_unit(pixels).permute(0, 2, 3, 1).cpu().numpy()
     pictures: list[Image.Image] = images.to_pil(pixels)
     if trajectory.fit is None:
         return pictures
     record = images.Fit.from_dict(dict(trajectory.fit))
     return [images.undo(picture, record) for picture in pictures]
-
-
-def _unit(pixels: Tensor) -> Tensor:
-    return (pixels / 2 + 0.5).clamp(0, 1)

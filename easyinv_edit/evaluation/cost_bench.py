@@ -14,7 +14,7 @@ from attention_control import MasaCtrl, StreamRow, Streams, controlled
 from easyinv_edit.cost import measured
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.evaluation.metrics import psnr
-from easyinv_edit.images import ImageInput
+from easyinv_edit.images import ImageInput, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.rows import streams_of
 from easyinv_edit.sampling import sample
@@ -68,7 +68,7 @@ def _row(layout: str, prompts: int, evaluations: int, seconds: float) -> dict[st
 
 @torch.no_grad()
 def _distance(pipe: EditPipeline, z: Tensor, reference: Tensor) -> dict[str, float]:
-    pictures = [(pipe.backbone.decode(x) / 2 + 0.5).clamp(0, 1) for x in (z, reference)]
+    pictures = [to_unit(pipe.backbone.decode(x)) for x in (z, reference)]
     return {"difference": (z - reference).abs().max().item(), "psnr": psnr(*pictures)}
 
 

@@ -18,6 +18,7 @@ from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.figures import stack, strip
 from easyinv_edit.images import load, save_png, to_pil, to_tensor
+from easyinv_edit.inversion import for_guidance
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.judge import Judge, shown
 from easyinv_edit.tabletop.render import render
@@ -95,13 +96,7 @@ def _inverted(pipe: EditPipeline, case: Case, inversion: str, plan: Plan) -> Tra
     picture = render([case.source], pipe.backbone.native_size[0])[0]
     seeded = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"num_inference_steps": plan.steps, "generator": seeded}
-    return pipe.invert(to_pil(picture * 2 - 1)[0], case.source_prompt, _at(inversion, plan), **options)
-
-
-def _at(inversion: str, plan: Plan) -> dict[str, Any]:
-    """An inversion by name; those that fit themselves to the edit's guidance are told it."""
-    fits = inversion in ("null_text", "prompt_tuning")
-    return {"name": inversion, **({"guidance_scale": plan.guidance} if fits else {})}
+    return pipe.invert(to_pil(picture * 2 - 1)[0], case.source_prompt, for_guidance(inversion, plan.guidance), **options)
 
 
 def _edit(

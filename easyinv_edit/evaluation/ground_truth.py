@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from easyinv_edit.evaluation.metrics import psnr
-from easyinv_edit.images import to_pil
+from easyinv_edit.images import to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.judge import Judge, shown
@@ -155,7 +155,7 @@ def _edit(pipe: EditPipeline, trajectory: Trajectory, case: Case, seed: int, sca
 @torch.no_grad()
 def _round_trip(pipe: EditPipeline, pictures: Tensor) -> Tensor:
     pixels = pipe.backbone.decode(pipe.backbone.encode(pictures.to(pipe.backbone.device) * 2 - 1))
-    return (pixels.cpu() / 2 + 0.5).clamp(0, 1)
+    return to_unit(pixels.cpu())
 
 
 def _score(

@@ -7,7 +7,6 @@ ceiling that stands in the first row.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from easyinv_edit.evaluation.datasets import Item, chunks
 from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.metrics import psnr, ssim
 from easyinv_edit.figures import stack, strip
-from easyinv_edit.images import to_pil
-from easyinv_edit.inversion import INVERSIONS, InversionMethod
+from easyinv_edit.images import to_pil, to_unit
+from easyinv_edit.inversion import InversionMethod, for_guidance
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.trajectory import Trajectory
 
@@ -44,9 +43,8 @@ class Plan:
     batch: int
 
     def method(self, name: str) -> InversionMethod:
-        """A method with its defaults; those that fit themselves to the edit's guidance are told it."""
-        fields = {f.name for f in dataclasses.fields(INVERSIONS[name])}  # type: ignore[arg-type]
-        return INVERSIONS[name](**({"guidance_scale": self.guidance} if "guidance_scale" in fields else {}))
+        """A method with its defaults, for edits at the plan's guidance."""
+        return for_guidance(name, self.guidance)
 
 
 def run(pipe: EditPipeline, items: Sequence[Item], plan: Plan, ledger: Ledger, report: Report) -> None:
@@ -111,7 +109,7 @@ def _quality(pipe: EditPipeline, z: Tensor, trajectory: Trajectory) -> dict[str,
     """PSNR and SSIM of decoded latents against the picture that was encoded."""
     assert trajectory.source is not None
     truth = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255
-    picture = (pipe.backbone.decode(z).cpu().double() / 2 + 0.5).clamp(0, 1)
+    picture = to_unit(pipe.backbone.decode(z).double())
     return {"psnr": psnr(picture, truth), "ssim": ssim(picture, truth)}
 
 

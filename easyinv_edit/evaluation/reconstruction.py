@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.images import to_unit
 from easyinv_edit.pipeline import EditPipeline
 
 
@@ -39,15 +40,11 @@ def reconstruct(
     rows = []
     for picture, prompt in zip(pictures, prompts, strict=True):
         trajectory = pipe.invert(picture, prompt, method, num_inference_steps=num_inference_steps)
-        back = _unit(pipe.backbone.decode(pipe.reconstruct(trajectory, guidance_scale=1.0)[0]))
-        ceiling = _unit(pipe.backbone.decode(trajectory.clean))
+        back = to_unit(pipe.backbone.decode(pipe.reconstruct(trajectory, guidance_scale=1.0)[0]).double())
+        ceiling = to_unit(pipe.backbone.decode(trajectory.clean).double())
         assert trajectory.source is not None
         truth = trajectory.source.permute(2, 0, 1)[None].cpu().double() / 255
         deviation = trajectory.noise.std().item()
         cost = trajectory.cost
         rows.append((psnr(back, ceiling), psnr(back, truth), psnr(ceiling, truth), deviation, cost.evaluations, cost.seconds))
     return Reconstruction(method, *(statistics.fmean(column) for column in zip(*rows, strict=True)))
-
-
-def _unit(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels.cpu().double() / 2 + 0.5).clamp(0, 1)

@@ -9,6 +9,8 @@ inversion's latents at every level, which is what the pinned source of every edi
 
 from __future__ import annotations
 
+import dataclasses
+
 from easyinv_edit.choices import build
 from easyinv_edit.inversion.base import InversionMethod, climb
 from easyinv_edit.inversion.bdia import BDIA
@@ -42,6 +44,12 @@ INVERSIONS: dict[str, type[InversionMethod]] = {
 }
 
 
+def for_guidance(name: str, guidance: float) -> InversionMethod:
+    """A registered method with its defaults; one that fits itself to the edit's guidance scale is told it."""
+    fields = {f.name for f in dataclasses.fields(INVERSIONS[name])}  # type: ignore[arg-type]
+    return INVERSIONS[name](**({"guidance_scale": guidance} if "guidance_scale" in fields else {}))
+
+
 def sampler_of(trajectory: Trajectory) -> Sampler:
     """How a trajectory is sampled: as its method says, or by DDIM's steps where the method is not one of these.
 
@@ -69,5 +77,6 @@ __all__ = [
     "Proximal",
     "ReNoise",
     "climb",
+    "for_guidance",
     "sampler_of",
 ]
