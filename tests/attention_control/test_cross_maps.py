@@ -252,7 +252,7 @@ class _Same:
         assert (path, batch_rows) == ("here", 3)
         return self
 
-    def bias(self, row: int, tokens: int) -> Tensor | None:
+    def bias(self, row: int) -> Tensor | None:
         return None
 
     def settle(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
