@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attention_control.cross_maps import CrossMaps, map_sites
 from attention_control.errors import ControlError
+from attention_control.features import FeatureCopy
 from attention_control.processor import CrossProcessor, RoutedProcessor
 from attention_control.routes import Route
 from attention_control.run import Program, Run
@@ -42,11 +43,11 @@ def attached(
         CrossMaps(map_size),
         frozenset(site.path for site in watched if program.wants_maps),
         reference,
-        next(unet.parameters()).device,
+        next(unet.parameters()).device if run.device is None else run.device,
     )
     with ExitStack() as stack:
-        for path in dict.fromkeys(feature.path for feature in program.features):
-            stack.callback(_copy_feature(unet, path, session).remove)
+        for feature in {feature.path: feature for feature in program.features}.values():
+            stack.callback(_copy_feature(unet, feature, len(own), session).remove)
         for site in routed:
             _replace(stack, site, RoutedProcessor(site.path, site.module.processor, session))
         for site in touched:
@@ -71,14 +72,15 @@ def _replace(stack: ExitStack, site: AttentionSite, processor: Any) -> None:
     site.module.set_processor(processor)
 
 
-def _copy_feature(unet: nn.Module, path: str, session: Session) -> Any:
+def _copy_feature(unet: nn.Module, feature: FeatureCopy, sites: int, session: Session) -> Any:
+    path = feature.module(sites)
     try:
         module = unet.get_submodule(path)
     except AttributeError as error:
         raise ControlError(f"the UNet has no module {path!r} whose features could be copied") from error
 
     def copy(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if not session.copies(path):
+        if not session.copies(feature.path):
             return output
         streams = session.streams
         return _rows_of(output, [i if row.role == "source" else streams.source_of(i) for i, row in enumerate(streams.rows)])
@@ -133,6 +135,11 @@ def _refuse_overlap(route: Route, others: Sequence[Route], site: AttentionSite, 
 def _refuse_unusable(touched: Sequence[AttentionSite], sites: Sequence[AttentionSite]) -> None:
     if any(isinstance(site.module.processor, OURS) for site in sites):
         raise ControlError("this UNet is already under attention control; finish that edit first, or use a second UNet")
+    if any(type(site.module.processor).__name__.startswith("Sliced") for site in touched):
+        raise ControlError(
+            "the UNet works in attention slices, which a controller would undo; call pipe.disable_attention_slicing(), and for "
+            "less memory EditPipeline.enable_low_memory()"
+        )
     if any(isinstance(site.module.processor, FusedAttnProcessor2_0) for site in touched):
         raise ControlError("the UNet's attention projections are fused; call unfuse_qkv_projections() before editing")
     if any("IPAdapter" in type(site.module.processor).__name__ for site in touched if site.kind == "cross"):

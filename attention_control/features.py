@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attention_control.errors import ControlError
 from attention_control.sites import resolve_step
 
 
 @dataclass(frozen=True)
 class FeatureCopy:
-    """path: the module whose output is copied; start, stop: as for routes."""
+    """path: the module whose output is copied, or several joined by ',' with "of N": in a UNet of N self-attention sites;
+    start, stop: as for routes."""
 
     path: str
     start: float | int = 0
     stop: float | int = 1.0
+
+    def module(self, sites: int) -> str:
+        """The module's path in a UNet of so many self-attention sites. Raises ControlError where none is given for it."""
+        for choice in self.path.split(","):
+            path, _, count = choice.strip().partition(" of ")
+            if not count or count.strip() == str(sites):
+                return path
+        raise ControlError(f"feature {self.path!r} names no module for a UNet of {sites} self-attention sites; give its path")
 
     def active(self, step: int, num_steps: int) -> bool:
         """Whether the copy is made at `step`."""

@@ -33,8 +33,9 @@ class MasaCtrl:
     """Mutual self-attention (arXiv 2304.08465).
 
     start_step: first controlled step, a whole number or a share of all steps (the authors' 4 of 50 is 0.08);
-    stop_step: first step no longer controlled; sites: self-attention sites by forward number, module path or size, e.g.
-    "10-15", "up_blocks.2-3", "tokens<=1024"; strength: 1 reads only the source, 0 is plain attention, between them source
+    stop_step: first step no longer controlled; sites: self-attention sites: "strong" (the authors' 10-15 of Stable Diffusion,
+    44-69 of XL), "medium" or "light", or by forward number, module path or size, e.g. "10-15", "up_blocks.2-3", "tokens<=1024";
+    strength: 1 reads only the source, 0 is plain attention, between them source
     and own keys are joined with these log-weights.
 
     source_mask, target_mask: pictures (white is foreground) or arrays; or by words of the prompts: source_words, target_words,
@@ -46,7 +47,7 @@ class MasaCtrl:
 
     start_step: Step = 0.08
     stop_step: Step = 1.0
-    sites: Sites = "10-15"
+    sites: Sites = "strong"
     strength: Share = 1.0
     source_mask: Mask = None
     target_mask: Mask = None

@@ -25,13 +25,14 @@ class PlugAndPlay:
     """Plug-and-Play (arXiv 2211.12572).
 
     stop_step: until when attention is controlled, 0 for never; sites: decoder self-attention sites; feature: the module whose
-    output is copied, empty for none; feature_stop_step: until when. The authors' source has an empty prompt; with another, each
-    half of guidance reads its own. Cost: the source's row until the later of both stops.
+    output is copied, empty for none, "of N" meaning UNets of N sites; feature_stop_step: until when. XL's defaults are ours:
+    the same places in its decoder. The authors' source has an empty prompt; with another, each half of guidance reads its own.
+    Cost: the source's row until the later of both stops.
     """
 
     stop_step: Step = 0.5
-    sites: Sites = "8-15"
-    feature: str = "up_blocks.1.resnets.1.conv2"
+    sites: Sites = "8-15 of 16, 44-69 of 70"
+    feature: str = "up_blocks.1.resnets.1.conv2 of 16, up_blocks.0.resnets.1.conv2 of 70"
     feature_stop_step: Step = 0.8
 
     name: ClassVar[str] = "plug_and_play"

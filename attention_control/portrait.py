@@ -33,7 +33,7 @@ class Portrait:
 
     switch_step: Step = 0.7
     style_guidance: Annotated[float, Field(ge=0, le=10)] = 1.5
-    sites: Sites = "10-15"
+    sites: Sites = "strong"
     style_mask: Mask = None
     content_mask: Mask = None
     draw_content: bool = True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from attention_control.errors import ControlError
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Run:
     """num_steps: T; latent_size: (height, width); first_step: the step sampling starts at; words: of the source's prompt, then
-    of each target's, where known; read_mask: turns what the user gave as a mask into a tensor (h, w) in [0, 1]."""
+    of each target's, where known; read_mask: turns what the user gave as a mask into a tensor (h, w) in [0, 1]; device: where
+    the UNet computes, by default where its weights are, which is not the same under offload."""
 
     num_steps: int
     latent_size: tuple[int, int]
     first_step: int = 0
     words: Sequence[Words] = ()
     read_mask: Callable[[Any], Tensor] | None = None
+    device: torch.device | None = None
 
     @property
     def targets(self) -> range:

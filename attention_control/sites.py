@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -69,18 +69,27 @@ def _blocks(unet: Any) -> Iterable[tuple[str, nn.Module, int]]:
 
 
 ALLOWED = (
-    "a number '10', a range '10-15' or '10-', blocks 'up_blocks.2-3' or 'mid_block', a size 'tokens<=1024', "
-    "or several joined by ','"
+    "a number '10', a range '10-15' or '10-', blocks 'up_blocks.2-3' or 'mid_block', a size 'tokens<=1024', any of these with "
+    "'of N' for UNets of N sites alone, a strength 'strong', 'medium' or 'light', or several joined by ','"
 )
+STRENGTHS = {
+    "strong": "10-15 of 16, 44-69 of 70",
+    "medium": "12-15 of 16, 54-69 of 70",
+    "light": "13-15 of 16, 64-69 of 70",
+}
+"""How much of the decoder is controlled, for UNets of Stable Diffusion 1.x and 2.x (16 sites) and XL (70). 10 is MasaCtrl's
+first layer, 44, 54 and 64 are those its authors try on XL without a verdict; 12 and 13 follow them by position in the
+decoder."""
 
 
 def select_sites(sites: Sequence[AttentionSite], selector: str, latent_size: tuple[int, int]) -> list[AttentionSite]:
     """The sites that match any part of `selector`, in forward order.
 
-    selector: see `ALLOWED`; latent_size: (height, width) of the latent, for sizes in tokens. Raises ControlError where the
+    sites: all of a UNet's of one kind; selector: see `ALLOWED`; latent_size: (height, width) of the latent, for sizes in
+    tokens. Raises ControlError where the
     selector cannot be read; an empty list where nothing matches.
     """
-    parts = [_parse(part.strip()) for part in selector.split(",")]
+    parts = [match for match in _parts(selector) if match.of in (None, len(sites))]
     return [site for site in sites if any(match(site, latent_size) for match in parts)]
 
 
@@ -90,6 +99,7 @@ class _Match:
     first: int = 0
     last: float = math.inf
     tokens: int | None = None
+    of: int | None = None
 
     def __call__(self, site: AttentionSite, latent_size: tuple[int, int]) -> bool:
         if self.tokens is not None:
@@ -102,12 +112,18 @@ class _Match:
 
 def check_selector(selector: str) -> str:
     """Return `selector`, or raise ControlError where it cannot be read."""
-    for part in selector.split(","):
-        _parse(part.strip())
+    _parts(selector)
     return selector
 
 
+def _parts(selector: str) -> list[_Match]:
+    named = [STRENGTHS.get(part.strip(), part) for part in selector.split(",")]
+    return [_parse(part.strip()) for part in ",".join(named).split(",")]
+
+
 def _parse(part: str) -> _Match:
+    if found := re.fullmatch(r"(.+?)\s+of\s+(\d+)", part):
+        return replace(_parse(found[1]), of=int(found[2]))
     if found := re.fullmatch(r"tokens<=(\d+)", part):
         return _Match(tokens=int(found[1]))
     if found := re.fullmatch(r"(?:(up_blocks|down_blocks)\.)?(\d+)(-(\d*))?", part):

@@ -23,14 +23,14 @@ from attention_control.settings import Sites, Step
 class Structure:
     """Free-Prompt-Editing (arXiv 2403.03431).
 
-    start_step, stop_step: controlled steps, whole numbers or shares of all; sites: self-attention sites ("2-12" are those of
-    Stable Diffusion 1.x); halves: which half of a guidance pair is controlled, "conditional" as in their code, or "both".
-    Cost: the source's row at every controlled step.
+    start_step, stop_step: controlled steps, whole numbers or shares of all; sites: self-attention sites, by default those up to
+    half the latent's side of Stable Diffusion (2-12) and XL (all); halves: which half of a guidance pair is controlled,
+    "conditional" as in their code, or "both". Cost: the source's row at every controlled step.
     """
 
     start_step: Step = 0
     stop_step: Step = 0.8
-    sites: Sites = "2-12"
+    sites: Sites = "2-12 of 16, 0-69 of 70"
     halves: Literal["conditional", "both"] = "conditional"
 
     name: ClassVar[str] = "structure"

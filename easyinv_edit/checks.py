@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from easyinv_edit.backbones.sd import same_model
+from easyinv_edit.conditioning import Conditioning
 from easyinv_edit.errors import EasyInvWarning, InputError, TrajectoryError
 from easyinv_edit.output import OUTPUT_TYPES
 from easyinv_edit.trajectory import Trajectory
 
 
-def steps(num_inference_steps: int) -> int:
-    """The number of steps, at least 1."""
+def steps(num_inference_steps: int, method: Any = None) -> int:
+    """The number of steps, at least 1, and at least as many as the method needs to make sense."""
     if num_inference_steps < 1:
         raise InputError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+    fewest = getattr(method, "fewest_steps", 1)
+    if num_inference_steps < fewest:
+        raise InputError(
+            f"{method.name}: needs at least {fewest} steps, and {num_inference_steps} were asked; for few-step models use "
+            "renoise, fixed_point, edit_friendly or ddim"
+        )
     return num_inference_steps
 
 
@@ -27,7 +34,7 @@ def some(given: Any, what: str) -> None:
         raise InputError(f"{what}: the list is empty; give at least one")
 
 
-def one_per_image(prompts: Sequence[str], count: int, generator: Any) -> None:
+def one_per_image(prompts: Sequence[Any], count: int, generator: Any) -> None:
     """A prompt for each image of a batch and, where generators are listed, a generator for each."""
     if isinstance(prompts, str) or len(prompts) != count:
         given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
@@ -36,9 +43,9 @@ def one_per_image(prompts: Sequence[str], count: int, generator: Any) -> None:
         raise InputError(f"generator: a list of {len(generator)} for {count} images; give one generator, or one per image")
 
 
-def edit(prompts: Sequence[str], noise_mix: float, output_type: str) -> None:
+def edit(prompts: Sequence[Any], noise_mix: float, output_type: str) -> None:
     """The arguments of an edit that stand alone."""
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    if not prompts or not all(isinstance(prompt, str | Conditioning) for prompt in prompts):
         raise InputError("prompt: give a target prompt, or a list of them")
     if not 0 <= noise_mix <= 1:
         raise InputError(f"noise_mix is {noise_mix}; it is a share between 0 (inverted noise) and 1 (fresh noise)")

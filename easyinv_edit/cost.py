@@ -30,8 +30,11 @@ class Cost:
 
 
 @contextmanager
-def measured(network: nn.Module) -> Iterator[Cost]:
-    """Measure what runs on `network` inside the block; the yielded Cost is complete when the block ends."""
+def measured(network: nn.Module, device: torch.device | None = None) -> Iterator[Cost]:
+    """Measure what runs on `network` inside the block; the yielded Cost is complete when the block ends.
+
+    device: where it computes, by default where its weights are, which is not the same under offload.
+    """
     cost = Cost()
 
     def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -39,7 +42,7 @@ def measured(network: nn.Module) -> Iterator[Cost]:
         cost.evaluations += sample.shape[0]
         cost.calls += 1
 
-    device = next(network.parameters()).device
+    device = next(network.parameters()).device if device is None else device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     hook = network.register_forward_pre_hook(count, with_kwargs=True)

@@ -13,10 +13,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from easyinv_edit.conditioning import Conditioning, concatenate
+from easyinv_edit.conditioning import Conditioning, Framing, concatenate
 from easyinv_edit.schedule import NoiseSchedule
 
 Half = Literal["unconditional", "conditional"]
+Prompt = str | Conditioning
+"""A text, or embeddings of one row in its place."""
 Direction = Callable[[Tensor], Tensor]
 """Guidance direction of one row (C, H, W), conditional minus unconditional output -> the one to follow instead."""
 
@@ -48,8 +50,8 @@ class Backbone(Protocol):
     def decode(self, z: Tensor) -> Tensor:
         """Clean latents -> pixels in [-1, 1], float32."""
 
-    def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """One row of conditioning per prompt."""
+    def embed(self, prompts: Sequence[Prompt | None], framings: Sequence[Framing | None] | None = None) -> Conditioning:
+        """One row of conditioning per prompt, None being the unconditional one; framings: how its picture came to its size."""
 
     def schedule(self, num_inference_steps: int) -> NoiseSchedule:
         """The model's noise schedule at that many steps."""

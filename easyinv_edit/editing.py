@@ -82,7 +82,7 @@ class Editing:
 
     def _run(self, words: Sequence[Words]) -> Run:
         steps, size = len(self.sources.schedule), self.sources.latents.shape[-2:]
-        return Run(steps, (size[0], size[1]), steps - self._length, tuple(words), self.read_mask)
+        return Run(steps, (size[0], size[1]), steps - self._length, tuple(words), self.read_mask, self.backbone.device)
 
     def _reference(
         self, denoiser: Denoiser, words: Sequence[Words], source_features: str | ReferenceCache, parts: int

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from easyinv_edit.conditioning import Framing
 from easyinv_edit.errors import ImageError
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
@@ -176,6 +177,14 @@ class Fit:
     original: tuple[int, int]
     size: tuple[int, int]
     box: tuple[int, int, int, int]
+
+    @property
+    def framing(self) -> Framing:
+        """The same as SDXL is told it: a crop begins where it does in the picture once that is scaled."""
+        width, height = self.original
+        left, top, right, bottom = self.box if self.policy == "crop" else (0, 0, *self.size[::-1])
+        scale = self.size[0] / (bottom - top), self.size[1] / (right - left)
+        return Framing((height, width), (round(top * scale[0]), round(left * scale[1])), self.size)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -27,14 +27,17 @@ from easyinv_edit import checks
 from easyinv_edit import images as pictures
 from easyinv_edit.backbones import load_pipeline, wrap
 from easyinv_edit.choices import build, describe
+from easyinv_edit.conditions import Conditions, Row, denoiser_of, framing_of, given_parts, rows_of
 from easyinv_edit.cost import Cost, measured
-from easyinv_edit.denoiser import Denoiser
+from easyinv_edit.denoiser import Prompt
 from easyinv_edit.editing import Editing
 from easyinv_edit.errors import InputError
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
+from easyinv_edit.low_memory import save_memory
 from easyinv_edit.mask_files import reader
+from easyinv_edit.models import preset
 from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
 from easyinv_edit.rows import source_scale, start_rows, words_of
@@ -46,6 +49,10 @@ Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Te
 """diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": ...}) -> the same dict, or None."""
 
 
+EMBEDDINGS = "(embeddings)"
+"""What stands in a result's recipe for a prompt that was given as embeddings."""
+
+
 class EditPipeline:
     """Inverts real images and edits them with text. Holds a backbone and nothing that changes from edit to edit."""
 
@@ -53,6 +60,7 @@ class EditPipeline:
         self.backbone = backbone
         self.name = name or str(backbone.identity()["name"])
         self._bar: dict[str, Any] = {}
+        self._frugal = False
 
     @classmethod
     def from_pretrained(
@@ -61,28 +69,46 @@ class EditPipeline:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        schedule: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> EditPipeline:
-        """Load a Stable Diffusion 1.x or 2.x model.
+        """Load a Stable Diffusion 1.x, 2.x or XL model; the family is read from the model itself.
 
-        model: a folder, a hub name, or "embedded" for the model that comes with this package; dtype: of the weights, by default
-        float32; device: where to put it (None: leave it on the CPU); options: anything `DiffusionPipeline.from_pretrained`
-        takes (`variant`, `revision`, `local_files_only`, `cache_dir`, `token`, ...). Weights are read from safetensors only and
-        no remote code is run. Raises ModelError in one line.
+        model: a folder, a hub name, a name from `easyinv-edit models list`, or "embedded" for the model that comes with this
+        package; dtype: of the weights, by default float32; device: where to put it (None: leave it on the CPU); schedule: what
+        of the scheduler's configuration is decided otherwise, e.g. {"timestep_spacing": "trailing"}; options: anything
+        `DiffusionPipeline.from_pretrained` takes (`variant`, `revision`, `local_files_only`, `cache_dir`, `token`, ...).
+        Weights are read from safetensors only and no remote code is run. Raises ModelError in one line.
         """
-        folder = embedded_folder() if str(model) == "embedded" else model
+        known = preset(str(model))
+        folder = embedded_folder() if str(model) == "embedded" else known.id if known else model
         pipe = load_pipeline(str(folder), dtype=dtype or torch.float32, **options)
-        return cls(wrap(pipe if device is None else pipe.to(device)), str(model))
+        decided = {**(known.schedule if known else {}), **(schedule or {})}
+        return cls(wrap(pipe if device is None else pipe.to(device), decided), str(model))
 
     @classmethod
-    def from_pipe(cls, pipe: Any) -> EditPipeline:
-        """Wrap a loaded diffusers pipeline: the same objects, no cast, no copy; its scheduler is read and never changed."""
-        return cls(wrap(pipe))
+    def from_pipe(cls, pipe: Any, *, schedule: Mapping[str, Any] | None = None) -> EditPipeline:
+        """Wrap a loaded diffusers pipeline: the same objects, no cast, no copy; its scheduler is read and never changed.
+
+        LoRA, textual inversion, IP-Adapters, ControlNets, another autoencoder, offload and quantisation stay as they are;
+        schedule: as for `from_pretrained`.
+        """
+        return cls(wrap(pipe, schedule))
 
     @classmethod
     def embedded(cls, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> EditPipeline:
         """The small model this package trains and ships: solids on a tabletop at 64 pixels. Works offline, on a CPU."""
         return cls.from_pretrained("embedded", dtype=dtype, device=device, local_files_only=True)
+
+    def enable_low_memory(self) -> list[str]:
+        """Turn on everything that saves memory without changing what is computed; returns what was turned on, in words.
+
+        The autoencoder works in tiles (seams may show within 1/255) and a picture at a time, prompts are edited one at a time
+        with the source beside them instead of kept features, and on an accelerator the parts wait in host memory for their turn
+        (`enable_model_cpu_offload`). What an edit took at its peak stands in `result.cost["edit"].peak_memory_bytes`.
+        """
+        self._frugal = True
+        return [*save_memory(self.backbone.pipe), "prompts edited one at a time", "no source features kept"]
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Settings of the progress bars, tqdm's names; `disable=True` turns them off."""
@@ -91,7 +117,7 @@ class EditPipeline:
     def invert(
         self,
         image: ImageInput,
-        prompt: str = "",
+        prompt: Prompt = "",
         method: str | Mapping[str, Any] | InversionMethod = "easyinv",
         *,
         num_inference_steps: int = 50,
@@ -102,27 +128,29 @@ class EditPipeline:
         generator: Generators = None,
         keep_features: str | Mapping[str, Any] | Controller | None = None,
         callback_on_step_end: Callback | None = None,
+        **conditions: Unpack[Conditions],
     ) -> Trajectory:
         """Turn an image into a trajectory of latents.
 
-        image: path, PIL picture, array (H, W, C) or tensor (C, H, W); prompt: what it shows, may be empty; method: a name of
-        `INVERSIONS`, a mapping with "name" and settings, or an object; guidance_scale: 1 is right for nearly everyone;
-        size: picture side or (height, width) in pixels, by default what the model was trained for; fit: how the image is
-        brought to that size; generator: of the methods that draw noise; keep_features: a controller whose source features are
-        kept for edits with `source_features="inversion"`; callback_on_step_end: observes, cannot change the latents. Raises
-        ImageError or InputError on bad input. Cost: the method's `evaluations(num_inference_steps)`, about twice that with
-        guidance.
+        image: path, PIL picture, array (H, W, C) or tensor (C, H, W); prompt: what it shows, may be empty, or a `Conditioning`
+        of one row made with the model's own `encode_prompt`; method: a name of `INVERSIONS`, a mapping with "name" and
+        settings, or an object; guidance_scale: 1 is right for nearly everyone; size: picture side or (height, width) in pixels,
+        by default what the model was trained for; fit: how the image is brought to that size; generator: of the methods that
+        draw noise; keep_features: a controller whose source features are kept for edits with `source_features="inversion"`;
+        callback_on_step_end: observes, cannot change the latents; conditions: what the source branch's IP-Adapter and
+        ControlNet see, here and in every edit, by default nothing. Raises ImageError or InputError on bad input. Cost: the
+        method's `evaluations(num_inference_steps)`, about twice that with guidance.
         """
         options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         options |= {"negative_prompt": negative_prompt, "size": size, "fit": fit, "generator": generator}
-        options |= {"keep_features": keep_features, "callback_on_step_end": callback_on_step_end}
+        options |= {"keep_features": keep_features, "callback_on_step_end": callback_on_step_end, **conditions}
         return self.invert_batch([image], [prompt], method, **options)[0]
 
     @torch.no_grad()
     def invert_batch(
         self,
         images: Sequence[ImageInput],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         method: str | Mapping[str, Any] | InversionMethod = "easyinv",
         *,
         num_inference_steps: int = 50,
@@ -133,22 +161,28 @@ class EditPipeline:
         generator: Generators = None,
         keep_features: str | Mapping[str, Any] | Controller | None = None,
         callback_on_step_end: Callback | None = None,
+        **conditions: Unpack[Conditions],
     ) -> list[Trajectory]:
         """Invert several images in one batch: faster than one by one where the device has room for it.
 
-        prompts: one per image; generator: one for all, or a list with one per image; the others are those of `invert`. The
-        trajectories are those of single inversions up to rounding, and share the cost evenly.
+        prompts: one per image; generator: one for all, or a list with one per image; the others are those of `invert`, the
+        same for all images. The trajectories are those of single inversions up to rounding, and share the cost evenly.
         """
         chosen = build(INVERSIONS, method, "inversion method")
         checks.some(images, "images")
         checks.one_per_image(prompts, len(images), generator)
         fitted = [pictures.fit(pictures.load(image), self._size(size), fit) for image in images]
         pixels = torch.cat([pictures.to_tensor(picture) for picture, _ in fitted])
-        schedule = self.backbone.schedule(checks.steps(num_inference_steps))
-        denoiser = self._denoiser(prompts, (guidance_scale,) * len(prompts), negative_prompt, schedule)
+        schedule = self.backbone.schedule(checks.steps(num_inference_steps, chosen))
+        given = [
+            given_parts(self.backbone, prompt, conditions, record.size)
+            for prompt, (_, record) in zip(prompts, fitted, strict=True)
+        ]
+        asked = [Row(prompt, record.framing, own) for prompt, (_, record), own in zip(prompts, fitted, given, strict=True)]
+        denoiser = denoiser_of(self.backbone, asked, (guidance_scale,) * len(prompts), negative_prompt, schedule)
         z0 = self.backbone.encode(pixels.to(self.backbone.device))
         visits = num_inference_steps * getattr(chosen, "passes", 1)
-        with self._progress("inverting", visits) as advance, measured(self.backbone.network) as cost:
+        with self._working("inverting", visits) as (advance, cost):
 
             def on_level(level: int, z: Tensor) -> None:
                 advance()
@@ -158,7 +192,8 @@ class EditPipeline:
             with ExitStack() as stack:
                 inverting, features = denoiser, None
                 if keep_features is not None:
-                    run = Run(num_inference_steps, _sides(z0), read_mask=reader(fitted[0][1].as_dict(), self._pixels(z0)))
+                    read = reader(fitted[0][1].as_dict(), self._pixels(z0))
+                    run = Run(num_inference_steps, _sides(z0), read_mask=read, device=self.backbone.device)
                     control = build(CONTROLLERS, keep_features, "controller")
                     kept = kept_while_inverting(denoiser, control, run, chosen.name, getattr(chosen, "passes", 1))
                     inverting, features = stack.enter_context(kept)
@@ -167,14 +202,17 @@ class EditPipeline:
                 features.source = fingerprint(batch)
         identity = {**self.backbone.identity(), "name": self.name}
         rows = replace(batch, model=identity, cost=cost, features=features).rows()
-        facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, strict=True)
-        return [replace(row, prompt=words, source=source, fit=record.as_dict()) for row, words, source, (_, record) in facts]
+        facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, given, strict=True)
+        return [
+            replace(row, prompt=prompt if isinstance(prompt, str) else "", source=source, fit=record.as_dict(), given=own)
+            for row, prompt, source, (_, record), own in facts
+        ]
 
     @torch.no_grad()
     def edit(
         self,
         source: Trajectory | ImageInput,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         *,
         control: str | Mapping[str, Any] | Controller = "masactrl",
         style: Trajectory | None = None,
@@ -182,33 +220,36 @@ class EditPipeline:
         batch_size: int | None = None,
         guidance_scale: float = 7.5,
         source_guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: Prompt | None = None,
         pin_source: bool = True,
         noise_mix: float = 0.0,
         generator: torch.Generator | None = None,
         callback_on_step_end: Callback | None = None,
         output_type: OutputType = "pil",
+        **conditions: Unpack[Conditions],
     ) -> EditResult:
         """Edit an inverted image (or an image, which is then inverted with `invert`'s defaults) to one or more target prompts.
 
-        control: a name of `CONTROLLERS`, a mapping with "name" and settings, or an object; style: a second inversion, of the
-        same method and size, for controllers that read one; batch_size: targets sampled at once, by default all;
-        source_features: "live" (the source's rows beside the targets'), "exact" (the pinned source evaluated once, before),
-        "inversion" (kept by `invert(keep_features=...)`; an approximation), "auto" (exact where the prompts take several
-        batches, else live), or a `ReferenceCache`: an empty one says where, in which dtype and within how many bytes exact
-        features are kept, and can be given again for more prompts; guidance_scale: of the targets, 1 turns guidance off;
-        source_guidance_scale: of the source branch, by default that of the inversion, and without effect where the source is
-        pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes its reconstruction
-        exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is kept), 1 forgetting
-        the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the original image's
-        size), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent".
+        prompt: texts, or `Conditioning` of one row each in their place; control: a name of `CONTROLLERS`, a mapping with "name"
+        and settings, or an object; style: a second inversion, of the same method and size, for controllers that read one;
+        batch_size: targets sampled at once, by default all; source_features: "live" (the source's rows beside the targets'),
+        "exact" (the pinned source evaluated once, before), "inversion" (kept by `invert(keep_features=...)`; an approximation),
+        "auto" (exact where the prompts take several batches, else live), or a `ReferenceCache`: an empty one says where, in
+        which dtype and within how many bytes exact features are kept, and can be given again for more prompts; guidance_scale:
+        of the targets, 1 or less turns guidance off; negative_prompt: None for the family's own (SDXL's is no text but zeros,
+        see `backbones.sdxl`); source_guidance_scale: of the source branch, by default that of the inversion, and without effect
+        where the source is pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes its
+        reconstruction exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is
+        kept), 1 forgetting the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the
+        original image's size), "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent"; conditions: what the
+        targets' IP-Adapter and ControlNet see, by default nothing; the source's are those it was inverted with.
 
         Raises TrajectoryError where the trajectory belongs to another model or schedule, InputError on other bad input. Cost
         per step: one row per target, one more per guided target, and the source's row (with an unconditional twin where its
         prompt is not the negative one) where the controller reads it or it is not pinned.
         """
         trajectory = source if isinstance(source, Trajectory) else self.invert(source)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
         chosen = build(CONTROLLERS, control, "controller")
         checks.edit(prompts, noise_mix, output_type)
         sources = [trajectory] if style is None else [trajectory, style]
@@ -218,25 +259,32 @@ class EditPipeline:
         checks.guidance(trajectory.method, sampler.source_guidance, guidance_scale)
         scale = source_scale(trajectory, sampler, source_guidance_scale)
         guidance = (*(scale for _ in sources), *(guidance_scale for _ in prompts))
-        denoiser = self._denoiser([*(s.prompt for s in sources), *prompts], guidance, negative_prompt, trajectory.schedule)
         start = start_rows(joined, sampler, len(prompts), noise_mix, generator).to(self.backbone.device)
+        given = [given_parts(self.backbone, prompt, conditions, self._pixels(start)) for prompt in prompts]
+        framing = framing_of(trajectory)
+        rows = [*(row for s in sources for row in rows_of(s)), *map(Row, prompts, [framing] * len(prompts), given)]
+        denoiser = denoiser_of(self.backbone, rows, guidance, negative_prompt, trajectory.schedule)
         edit = Editing(self.backbone, chosen, sampler, joined, pin_source, reader(trajectory.fit, self._pixels(start)))
-        with measured(self.backbone.network) as cost:
+        if self._frugal:
+            batch_size = batch_size or 1
+            source_features = "live" if source_features == "auto" else source_features
+        with self._working() as (_, cost):
             z = edit.batches(
                 denoiser,
                 start,
-                words_of(self.backbone, [trajectory.prompt, *prompts]),
+                words_of(self.backbone, [rows[0].prompt, *prompts]),
                 batch_size,
                 source_features,
                 lambda total: self._progress("editing", total),
                 None if callback_on_step_end is None else partial(callback_on_step_end, self),
             )
+        texts = [prompt if isinstance(prompt, str) else EMBEDDINGS for prompt in prompts]
         recipe = {
             "model": self.name,
             **inversion_recipe(trajectory),
-            "prompts": prompts,
+            "prompts": texts,
             "style_prompt": "" if style is None else style.prompt,
-            "negative_prompt": negative_prompt,
+            "negative_prompt": negative_prompt if isinstance(negative_prompt, str | None) else EMBEDDINGS,
             "control": describe(chosen),
             "guidance_scale": guidance_scale,
             "source_guidance_scale": source_guidance_scale,
@@ -249,7 +297,7 @@ class EditPipeline:
         }
         costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
         return finish(
-            self.backbone, trajectory, prompts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
+            self.backbone, trajectory, texts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
         )
 
     @torch.no_grad()
@@ -273,17 +321,18 @@ class EditPipeline:
         joined = Trajectory.join(rows)
         sampler = sampler_of(joined)
         scale = source_scale(joined, sampler, guidance_scale)
-        denoiser = self._denoiser([row.prompt for row in rows], (scale,) * len(rows), negative_prompt, joined.schedule)
+        asked = [row for trajectory in rows for row in rows_of(trajectory)]
+        denoiser = denoiser_of(self.backbone, asked, (scale,) * len(rows), negative_prompt, joined.schedule)
         start = start_rows(joined, sampler, 0, 0.0, None).to(self.backbone.device)
-        with measured(self.backbone.network) as cost:
+        with self._working() as (_, cost):
             z = sample(denoiser, start, sampler=sampler)
         return z, cost
 
     def __call__(
         self,
         image: ImageInput,
-        prompt: str | Sequence[str],
-        source_prompt: str = "",
+        prompt: Prompt | Sequence[Prompt],
+        source_prompt: Prompt = "",
         *,
         inversion: str | Mapping[str, Any] | InversionMethod = "easyinv",
         num_inference_steps: int = 50,
@@ -321,15 +370,13 @@ class EditPipeline:
         """(height, width) of the picture of latents."""
         return z.shape[-2] * self.backbone.downscale, z.shape[-1] * self.backbone.downscale
 
-    def _denoiser(
-        self, prompts: Sequence[str], guidance: tuple[float, ...], negative_prompt: str | None, schedule: Any
-    ) -> Denoiser:
-        if any(scale < 0 for scale in guidance):
-            raise InputError(f"guidance scale {min(guidance):g} is negative; 1 turns guidance off, 7.5 is usual")
-        embedded = self.backbone.embed([*prompts, negative_prompt or ""])
-        rows = range(len(prompts))
-        negative = embedded.select([len(prompts)] * len(prompts))
-        return Denoiser(self.backbone, schedule, embedded.select(rows), guidance, negative)
+    @contextmanager
+    def _working(self, what: str = "", total: int = 0) -> Iterator[tuple[Callable[[], Any], Cost]]:
+        """Progress and cost of work on the network; offloaded parts leave the accelerator at its end, whatever happened."""
+        with ExitStack() as stack:
+            stack.callback(self.backbone.release)
+            cost = stack.enter_context(measured(self.backbone.network, self.backbone.device))
+            yield stack.enter_context(self._progress(what, total)) if what else _nothing, cost
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], Any]]:
@@ -340,6 +387,10 @@ class EditPipeline:
 def embedded_folder() -> Path:
     """Where the embedded model lies: an ordinary diffusers folder."""
     return Path(str(files("easyinv_edit") / "tabletop" / "weights"))
+
+
+def _nothing() -> None:
+    """No progress to tell."""
 
 
 def _sides(z: Tensor) -> tuple[int, int]:

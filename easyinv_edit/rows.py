@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_control import StreamRow, Streams, Words
-from easyinv_edit.denoiser import BatchRow, Denoiser
+from easyinv_edit.denoiser import BatchRow, Denoiser, Prompt
 from easyinv_edit.sampling import Sampler
 from easyinv_edit.trajectory import Trajectory
 
@@ -27,7 +27,7 @@ def stream_row(row: BatchRow, sources: int = 1) -> StreamRow:
     return StreamRow("target", row.row - sources, row.half)
 
 
-def words_of(backbone: Any, prompts: Sequence[str]) -> list[Words]:
+def words_of(backbone: Any, prompts: Sequence[Prompt]) -> list[Words]:
     """The words of each prompt and their tokens."""
     found = [backbone.words(prompt) for prompt in prompts]
     return [Words(tuple(w for w, _ in pairs), tuple(t for _, t in pairs), length) for pairs, length in found]

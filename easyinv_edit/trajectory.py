@@ -24,6 +24,7 @@ from easyinv_edit.schedule import NoiseSchedule
 
 FORMAT = "easyinv-edit trajectory 1"
 EXTRA = "extra."
+GIVEN = "given."
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Trajectory:
     method, settings: the inversion method's registry name and fields; prompt, guidance_scale: the source branch's;
     extras: tensors (levels, rows, ...) a method needs at sampling time or leaves for information; model: the identity the
     backbone gave itself; source: the encoded picture, uint8 (H, W, 3), and fit: how it was made from the user's image; cost: of
-    inverting; features: what the source put into attention sites meanwhile, if it was asked for (not saved).
+    inverting; given: parts (rows, ...) of the source's conditioning that came as tensors: prompt embeddings, pictures of
+    IP-Adapters and ControlNets; features: what the source put into attention sites meanwhile, if asked for (not saved).
     """
 
     latents: Tensor
@@ -48,6 +50,7 @@ class Trajectory:
     source: Tensor | None = None
     fit: Mapping[str, Any] | None = None
     cost: Cost = field(default_factory=Cost)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     features: Any = field(default=None, compare=False)
 
     @property
@@ -70,6 +73,7 @@ class Trajectory:
                 self,
                 latents=self.latents[:, r : r + 1],
                 extras={name: extra[:, r : r + 1] for name, extra in self.extras.items()},
+                given={name: part[r : r + 1] for name, part in self.given.items()},
                 cost=share,
             )
             for r in range(count)
@@ -77,7 +81,7 @@ class Trajectory:
 
     @classmethod
     def join(cls, trajectories: Sequence[Trajectory]) -> Trajectory:
-        """Trajectories of one method, schedule and size as one of several rows; prompt, source and fit are the first's.
+        """Trajectories of one method, schedule and size as one of several rows; prompt, source, fit, given are the first's.
 
         Raises TrajectoryError where they do not go together.
         """
@@ -104,6 +108,7 @@ class Trajectory:
         header = {name: getattr(self, name) for name in ("method", "settings", "prompt", "guidance_scale", "model", "fit")}
         header |= {"schedule": self.schedule.as_dict(), "cost": asdict(self.cost)}
         tensors = {"latents": self.latents, **{EXTRA + name: extra for name, extra in self.extras.items()}}
+        tensors |= {GIVEN + name: part for name, part in self.given.items()}
         if self.source is not None:
             tensors["source"] = self.source
         partial = target.with_name(f".{target.name}.partial")
@@ -136,7 +141,8 @@ class Trajectory:
                 source=tensors.pop("source", None),
                 schedule=NoiseSchedule.from_dict(header.pop("schedule")),
                 cost=Cost(**header.pop("cost")),
-                extras={name.removeprefix(EXTRA): extra for name, extra in tensors.items()},
+                extras=_named(tensors, EXTRA),
+                given=_named(tensors, GIVEN),
                 **header,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -144,3 +150,8 @@ class Trajectory:
         if made.latents.ndim != 5 or made.latents.shape[0] != len(made.schedule) + 1:
             raise TrajectoryError(f"{path}: its latents do not fit its {len(made.schedule)} steps; make it again with `invert`")
         return made
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins so, by the rest of it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

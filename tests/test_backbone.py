@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from easyinv_edit.backbones.sd import StableDiffusion, same_model
+from easyinv_edit.backbones.text import fitting
 from easyinv_edit.errors import EasyInvError, EasyInvWarning, ModelError
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.schedule import NoiseSchedule
@@ -162,7 +163,7 @@ def test_a_word_that_only_half_fits_is_dropped_whole(backbone: StableDiffusion) 
 
 def test_a_prompt_without_spaces_is_cut_where_the_room_ends(backbone: StableDiffusion) -> None:
     with pytest.warns(EasyInvWarning, match="dropped"):
-        kept = backbone._fitting("红" * 40)
+        kept = fitting(backbone.pipe, "红" * 40)
     assert 0 < len(kept) < 40
 
 

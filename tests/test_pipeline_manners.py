@@ -87,7 +87,7 @@ def test_nothing_is_left_on_the_model(untrained: EditPipeline, picture: Image.Im
     assert_untouched(untrained, before)
     assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
     assert torch.equal(scheduler.timesteps, timesteps)
-    assert set(vars(untrained)) == {"backbone", "name", "_bar"}
+    assert set(vars(untrained)) == {"backbone", "name", "_bar", "_frugal"}
 
 
 def test_works_inside_inference_mode(untrained: EditPipeline, picture: Image.Image) -> None:

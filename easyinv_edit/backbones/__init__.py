@@ -5,39 +5,26 @@ To add a family: a file with a class that satisfies `easyinv_edit.denoiser.Backb
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from easyinv_edit.backbones.loading import load_pipeline
 from easyinv_edit.backbones.sd import StableDiffusion
+from easyinv_edit.backbones.sdxl import StableDiffusionXL
 from easyinv_edit.errors import ModelError
 
-BACKBONES: dict[str, type[StableDiffusion]] = {"sd": StableDiffusion}
+BACKBONES: dict[str, type[StableDiffusion]] = {"sd": StableDiffusion, "sdxl": StableDiffusionXL}
 
 
-def wrap(pipe: Any) -> StableDiffusion:
-    """The adapter for a loaded pipeline. Raises ModelError where no family serves it."""
+def wrap(pipe: Any, schedule: Mapping[str, Any] | None = None) -> StableDiffusion:
+    """The adapter for a loaded pipeline. schedule: overrides, see `StableDiffusion`. Raises ModelError without a family."""
     for family in BACKBONES.values():
         if family.serves(pipe):
-            return family(pipe)
+            return family(pipe, schedule)
     raise ModelError(
-        f"{type(pipe).__name__} is of no known family ({', '.join(BACKBONES)}); load a Stable Diffusion 1.x or 2.x "
-        "text-to-image pipeline"
+        f"{type(pipe).__name__} is of no known family ({', '.join(BACKBONES)}); load a text-to-image pipeline of Stable "
+        "Diffusion 1.x, 2.x or XL (base), no inpainting model and no refiner"
     )
 
 
-def load_pipeline(model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` with safetensors only and no remote code. Raises ModelError in one line."""
-    from diffusers import DiffusionPipeline
-
-    options = {"use_safetensors": True, "trust_remote_code": False, **options}
-    if dtype is not None:
-        options["dtype"] = dtype
-    try:
-        return DiffusionPipeline.from_pretrained(model, **options)
-    except Exception as error:  # a damaged folder makes diffusers raise nearly every type
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ModelError(
-            f"{model}: cannot be loaded as a diffusers model ({reason}); give a folder or hub name with safetensors weights"
-        ) from error
+__all__ = ["BACKBONES", "StableDiffusion", "StableDiffusionXL", "load_pipeline", "wrap"]

@@ -230,7 +230,7 @@ def test_the_defaults_are_the_authors_four_of_fifty_and_layers_ten_to_fifteen() 
     (route,) = MasaCtrl().program(Run(50, (16, 16))).routes
     assert [step for step in range(50) if route.active(step, 50)] == list(range(4, 50))
     assert [step for step in range(20) if route.active(step, 20)] == list(range(2, 20))
-    assert (route.query, route.key, route.value, route.sites, route.share) == ("own", "source", "source", "10-15", 1.0)
+    assert (route.query, route.key, route.value, route.sites, route.share) == ("own", "source", "source", "strong", 1.0)
 
 
 def test_one_site_may_be_written_as_a_number() -> None:

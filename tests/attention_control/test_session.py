@@ -93,12 +93,27 @@ def test_targets_need_no_source_where_no_route_is_active(unet: UNet2DConditionMo
         evaluate_controlled(unet, MasaCtrl(start_step=4), SCENE, alone, step=4)
 
 
+class _Short:
+    """A user's processor of the shortest signature."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None) -> Any:
+        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
 def test_passing_through_reaches_processors_that_take_no_temb(unet: UNet2DConditionModel) -> None:
-    unet.set_attention_slice(1)
+    unet.set_attn_processor(_Short())
     plain = evaluate(unet, SCENE, official_rows())
     assert same_bits(evaluate_controlled(unet, MasaCtrl(start_step=4), SCENE, official_rows(), step=0), plain)
     official = evaluate_official(unet, SCENE, official_rows())
     assert distance(evaluate_controlled(unet, MasaCtrl(), SCENE, official_rows()), official) <= 1e-10
+
+
+def test_attention_slices_are_refused_with_the_remedy(unet: UNet2DConditionModel) -> None:
+    unet.set_attention_slice(1)
+    before = _processors(unet)
+    with pytest.raises(ControlError, match="disable_attention_slicing"):
+        evaluate_controlled(unet, MasaCtrl(), SCENE, official_rows())
+    assert _processors(unet) == before
 
 
 # --- nothing stays behind -----------------------------------------------------------------------------------------------

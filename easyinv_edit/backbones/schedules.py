@@ -1,0 +1,69 @@
+"""DDIM's schedule from the configuration of whatever scheduler a pipeline holds: DDIM, PNDM, Euler, DPM-Solver, LCM, TCD.
+
+The models were trained on the same noising process whatever their scheduler's class is, so its betas, prediction type,
+spacing and offset are taken, and its own step, sigmas in Euler's units and second order are not. LCM's and TCD's timesteps are
+their own: the ones they were distilled at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DDIMScheduler
+
+from easyinv_edit.choices import nearest
+from easyinv_edit.errors import InputError, ModelError
+from easyinv_edit.schedule import NoiseSchedule
+
+OVERRIDES = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "set_alpha_to_one",
+    "steps_offset",
+    "timestep_spacing",
+)
+"""What a user may decide over the scheduler's configuration, by diffusers' names."""
+DISTILLED = "original_inference_steps"  # in the configuration of schedulers with timesteps of their own
+
+
+def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides, or InputError where one is unknown."""
+    if wrong := [key for key in given if key not in OVERRIDES]:
+        raise InputError(f"schedule: {wrong[0]!r} is unknown{nearest(wrong[0], OVERRIDES)}; allowed: {', '.join(OVERRIDES)}")
+    return dict(given)
+
+
+def ddim_schedule(scheduler: Any, steps: int, overrides: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of `steps` levels. Raises ModelError where the scheduler has no betas or not that many levels."""
+    config = {**scheduler.config, **overrides}
+    if "beta_start" not in config:
+        name = type(scheduler).__name__
+        raise ModelError(f"{name} has no betas; Stable Diffusion models need a scheduler of the DDPM family, e.g. DDIM")
+    # clip_sample and thresholding are for pixels and wreck latents; SD's own value is the default of set_alpha_to_one.
+    config = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False}
+    try:
+        ddim = DDIMScheduler.from_config(config)
+        labels = _labels(scheduler, ddim, min(steps, config["num_train_timesteps"]), "timestep_spacing" in overrides)
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(f"the scheduler's configuration cannot be used: {str(error).splitlines()[0]}") from error
+    levels = ddim.config.num_train_timesteps
+    if steps > levels or max(labels) >= levels:  # an offset can run over the end
+        raise ModelError(f"num_inference_steps is {steps}; this model was trained with {levels} levels, so use fewer steps")
+    return NoiseSchedule.from_alphas(ddim.alphas_cumprod, labels, float(ddim.final_alpha_cumprod), ddim.config.prediction_type)
+
+
+def _labels(scheduler: Any, ddim: DDIMScheduler, steps: int, respaced: bool) -> list[int]:
+    """The timesteps of `steps` levels, in any order."""
+    distilled = scheduler.config.get(DISTILLED)
+    if distilled is None or respaced:
+        ddim.set_timesteps(steps)
+        return [int(t) for t in ddim.timesteps]
+    if steps > distilled:
+        raise ValueError(f"this model was distilled at {distilled} timesteps and {steps} steps were asked; use up to 8")
+    own = type(scheduler).from_config(scheduler.config)  # the pipeline's own scheduler is never changed
+    own.set_timesteps(steps)
+    return [int(t) for t in own.timesteps]
