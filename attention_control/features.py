@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from attention_control.errors import ControlError
@@ -18,11 +19,16 @@ class FeatureCopy:
     stop: float | int = 1.0
 
     def module(self, sites: int) -> str:
-        """The module's path in a UNet of so many self-attention sites. Raises ControlError where none is given for it."""
+        """The module's path in a UNet of so many self-attention sites. Raises ControlError where none is given for it,
+        or one cannot be read."""
         for choice in self.path.split(","):
-            path, _, count = choice.strip().partition(" of ")
-            if not count or count.strip() == str(sites):
-                return path
+            found = re.fullmatch(r"(\S+)(?:\s+of\s+(\d+))?", choice.strip())
+            if found is None:
+                raise ControlError(
+                    f"feature {self.path!r}: cannot read {choice.strip()!r}; write a module's path, or 'path of N'"
+                )
+            if found[2] is None or int(found[2]) == sites:
+                return found[1]
         raise ControlError(f"feature {self.path!r} names no module for a UNet of {sites} self-attention sites; give its path")
 
     def active(self, step: int, num_steps: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -86,8 +86,7 @@ def select_sites(sites: Sequence[AttentionSite], selector: str, latent_size: tup
     """The sites that match any part of `selector`, in forward order.
 
     sites: all of a UNet's of one kind; selector: see `ALLOWED`; latent_size: (height, width) of the latent, for sizes in
-    tokens. Raises ControlError where the
-    selector cannot be read; an empty list where nothing matches.
+    tokens. Raises ControlError where the selector cannot be read; an empty list where nothing matches.
     """
     parts = [match for match in _parts(selector) if match.of in (None, len(sites))]
     return [site for site in sites if any(match(site, latent_size) for match in parts)]
@@ -122,17 +121,17 @@ def _parts(selector: str) -> list[_Match]:
 
 
 def _parse(part: str) -> _Match:
-    if found := re.fullmatch(r"(.+?)\s+of\s+(\d+)", part):
-        return replace(_parse(found[1]), of=int(found[2]))
-    if found := re.fullmatch(r"tokens<=(\d+)", part):
-        return _Match(tokens=int(found[1]))
-    if found := re.fullmatch(r"(?:(up_blocks|down_blocks)\.)?(\d+)(-(\d*))?", part):
+    qualified = re.fullmatch(r"(\S+)\s+of\s+(\d+)", part)
+    choice, of = (qualified[1], int(qualified[2])) if qualified else (part, None)
+    if found := re.fullmatch(r"tokens<=(\d+)", choice):
+        return _Match(tokens=int(found[1]), of=of)
+    if found := re.fullmatch(r"(?:(up_blocks|down_blocks)\.)?(\d+)(-(\d*))?", choice):
         blocks, first, ranged, last = found.groups()
         end = int(first) if ranged is None else (math.inf if last == "" else int(last))
         if end >= int(first):
-            return _Match(blocks=blocks, first=int(first), last=end)
-    if part in ("mid_block", "up_blocks", "down_blocks"):
-        return _Match(blocks=part)
+            return _Match(blocks=blocks, first=int(first), last=end, of=of)
+    if choice in ("mid_block", "up_blocks", "down_blocks"):
+        return _Match(blocks=choice, of=of)
     raise ControlError(f"sites: cannot read {part!r}; write {ALLOWED}")
 
 

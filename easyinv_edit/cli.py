@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from easyinv_edit import cli_bench as bench
+from easyinv_edit import cli_models as models
 from easyinv_edit import cli_tabletop as tabletop
 from easyinv_edit import terminal
 from easyinv_edit.terminal import Debug, Json, Quiet, config_file, shipped
@@ -26,6 +27,7 @@ recipes_app = typer.Typer(no_args_is_help=True, help="List, show and check recip
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(tabletop.app, name="tabletop")
 app.add_typer(bench.app, name="bench")
+app.add_typer(models.app, name="models")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys, e.g. guidance_scale=5.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pictures and result.json.")]
@@ -203,7 +205,7 @@ def _edit_text(facts: dict[str, Any], folder: str) -> str:
     return (
         f"{folder}: {', '.join(facts['images'].values())}\n"
         f"UNet evaluations: {evaluations['invert']} to invert, {evaluations['edit']} to edit; "
-        f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; "
+        f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; peak memory {facts['peak_memory_bytes'] / 1e9:.1f} GB; "
         f"reconstruction {_decibels(psnr)} (autoencoder alone {_decibels(ceiling)})"
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from easyinv_edit import terminal
+from easyinv_edit import cli_speed, terminal
 from easyinv_edit.terminal import Debug, Json, Quiet
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def cost(
     terminal.show(facts, quiet, json_, lambda found: f"{markdown(found['table'], COST_COLUMNS)}\n\n{note}")
 
 
+app.command("speed")(cli_speed.speed)
 SHAPES = ("ball", "cube", "cone", "cylinder")
 
 

@@ -114,7 +114,19 @@ def _stacked(own: Conditioning, given: Sequence[Mapping[str, Tensor]]) -> dict[s
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in given for name in row if name not in ("embeddings", "pooled")):
         like = next(row[name] for row in given if name in row).to(own.embeddings.device)
+        _require_alike(name, here.get(name), [row[name] for row in given if name in row])
         rows = [row[name].to(like) if name in row else here[name][r : r + 1] if name in here else torch.zeros_like(like)
                 for r, row in enumerate(given)]  # fmt: skip
         found[name] = torch.cat(rows)
     return found
+
+
+def _require_alike(name: str, blank: Tensor | None, given: Sequence[Tensor]) -> None:
+    """That what an inversion was shown still goes with what is loaded: `blank`, and what the targets are shown."""
+    image = name.startswith(IMAGE)
+    if (image and blank is None) or len({part.shape[1:] for part in (*given, *([] if blank is None else [blank]))}) > 1:
+        argument, adapters = ("ip_adapter_image", "IP-Adapters") if image else ("control_image", "ControlNets")
+        raise InputError(
+            f"{argument}: the inversion was made with other {adapters} than are loaded now; load the same ones, or invert the "
+            "image again"
+        )

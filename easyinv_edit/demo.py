@@ -66,7 +66,8 @@ def _edit(pipe: EditPipeline, example: Example, method: str, folder: Path) -> tu
     result = pipe(image, example.prompt, example.source_prompt, inversion=method, guidance_scale=GUIDANCE)
     facts = result.save(folder / f"{example.name}-{method}")
     free, _ = pipe.reconstruct(result.trajectory, guidance_scale=1.0)
-    back = psnr(*(to_unit(pipe.backbone.decode(z).double()) for z in (free, result.trajectory.clean.to(free))))
+    mine, theirs = (to_unit(pipe.backbone.decode(z).double()) for z in (free, result.trajectory.clean.to(free)))
+    back = psnr(mine, theirs)
     row = {
         "source": example.name,
         "prompt": example.prompt,

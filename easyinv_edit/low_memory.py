@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from easyinv_edit.errors import InputError
 
 
-def save_memory(pipe: Any) -> list[str]:
+def save_memory(pipe: Any, device: torch.device | None = None) -> list[str]:
     """Turn them on; returns what was turned on, in words.
 
-    Attention slicing is not among them: it replaces every attention processor and with them any control. Model offload needs an
-    accelerator, and is left as it is where the pipeline's parts are placed by a device map or offloaded already.
+    device: the accelerator that offloaded parts visit, by default the one that is there. Attention slicing is not among them:
+    it replaces every attention processor and with them any control. Model offload needs an accelerator, and is left as it is
+    where the pipeline's parts are placed by a device map or offloaded already.
     """
     done = []
     for name, words in (("enable_tiling", "the autoencoder works in tiles"), ("enable_slicing", "one picture at a time")):
         if hasattr(pipe.vae, name):
             getattr(pipe.vae, name)()
             done.append(words)
-    return done + _offloaded(pipe)
+    return done + _offloaded(pipe, _accelerator() if device is None else device)
 
 
-def _offloaded(pipe: Any) -> list[str]:
-    import torch
+def _accelerator() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
-    if pipe.hf_device_map or any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
+
+def _offloaded(pipe: Any, device: torch.device) -> list[str]:
+    if device.type == "cpu" or getattr(pipe, "hf_device_map", None):
         return []
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
         return []
     try:
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(f"low memory: {str(error).splitlines()[0]}") from error
     return ["parts wait in host memory for their turn"]

@@ -100,15 +100,17 @@ class EditPipeline:
         """The small model this package trains and ships: solids on a tabletop at 64 pixels. Works offline, on a CPU."""
         return cls.from_pretrained("embedded", dtype=dtype, device=device, local_files_only=True)
 
-    def enable_low_memory(self) -> list[str]:
-        """Turn on everything that saves memory without changing what is computed; returns what was turned on, in words.
+    def enable_low_memory(self, device: str | torch.device | None = None) -> list[str]:
+        """Turn on everything that saves memory and leaves the edit alone; returns what was turned on, in words.
 
-        The autoencoder works in tiles (seams may show within 1/255) and a picture at a time, prompts are edited one at a time
-        with the source beside them instead of kept features, and on an accelerator the parts wait in host memory for their turn
-        (`enable_model_cpu_offload`). What an edit took at its peak stands in `result.cost["edit"].peak_memory_bytes`.
+        The autoencoder works on a picture at a time, in tiles where it is larger than one (their seams may show), prompts are
+        edited one at a time with the source beside them instead of kept features, and on an accelerator the parts wait in host
+        memory for their turn (`enable_model_cpu_offload`; device: which accelerator, by default the one that is there). What an
+        edit took at its peak stands in `result.cost["edit"].peak_memory_bytes`.
         """
         self._frugal = True
-        return [*save_memory(self.backbone.pipe), "prompts edited one at a time", "no source features kept"]
+        switched = save_memory(self.backbone.pipe, torch.device(device) if device else None)
+        return [*switched, "prompts edited one at a time", "no source features kept"]
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Settings of the progress bars, tqdm's names; `disable=True` turns them off."""

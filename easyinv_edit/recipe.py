@@ -24,6 +24,7 @@ from attention_control import CONTROLLERS
 from easyinv_edit.choices import build, nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.inversion import INVERSIONS
+from easyinv_edit.models import OVERRIDES, preset
 from easyinv_edit.places import Places, leaves, places_of
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
@@ -51,13 +52,20 @@ def _default(name: str) -> Any:
 class EditRecipe:
     """One edit. Keys are the argument names of `EditPipeline`.
 
-    model: a folder, a hub name or "embedded"; image: a file, or "scene:SEED" for a rendered tabletop scene; style: a second
-    picture, for controllers that read one, with its prompt; prompts: one or more target prompts; inversion, control: a name and
-    that method's settings; source_features, batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size: one
-    side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and result.json.
+    model: a folder, a hub name, "embedded", or a name from `models list`, whose recommended keys are then the defaults of this
+    recipe; schedule: what of the scheduler's configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub
+    name, and its strength; low_memory: see `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered
+    tabletop scene; style: a second picture, for controllers that read one, with its prompt; prompts: one or more target
+    prompts; inversion, control: a name and that method's settings; source_features, batch_size: see `EditPipeline.edit`; seed:
+    of all noise that is drawn; size: one side, or [height, width], in pixels, by default the model's own; output: the folder
+    for pictures and result.json.
     """
 
     model: str = "embedded"
+    schedule: dict[str, str | bool | int | float] = dataclasses.field(default_factory=dict)
+    lora: str | None = None
+    lora_scale: Annotated[float, BeforeValidator(_no_switch), Field(ge=-10, le=10)] = 1.0
+    low_memory: bool = False
     image: str | None = None
     source_prompt: str = ""
     style: str | None = None
@@ -118,7 +126,8 @@ def parse(
     _refuse(found)
     content, found = _merged(text, name, places, overrides)
     _refuse(found)
-    content = _with_names({**content, **(values or {})})
+    content = {**content, **(values or {})}
+    content = _with_names({**_recommended(content.get("model")), **content})
     problems_found = sorted(_check(content), key=lambda item: _place(item[0], places))
     _refuse([_line(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)
@@ -181,6 +190,12 @@ def _reference_problem(name: str, places: Places, overrides: Sequence[str], erro
     return _line(name, places, overrides, path, f"{reason}; a reference is ${{key}} with another key of this file")
 
 
+def _recommended(model: Any) -> dict[str, Any]:
+    """The keys that go with a model preset; none where a folder of that name lies here."""
+    known = preset(model) if isinstance(model, str) and not Path(model).exists() else None
+    return dict(known.recipe) if known else {}
+
+
 def _with_names(content: dict[str, Any]) -> dict[str, Any]:
     """`inversion: ddim` is short for `inversion: {name: ddim}`; settings without a name belong to the default method."""
     defaults = {"inversion": "easyinv", "control": "masactrl"}
@@ -209,7 +224,7 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         seen = set()
         for item in error.errors(include_url=False):
             path = tuple(str(part) for part in item["loc"])
-            key = path[:2] if path[0] == "prompts" else path[:1]
+            key = path[:2] if path[0] in ("prompts", "schedule") else path[:1]
             if item["type"] == "unexpected_keyword_argument":
                 found.append((key, f"unknown key{nearest(key[0], fields)}; allowed: {', '.join(fields)}"))
             elif key not in seen:
@@ -218,6 +233,9 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     for group, registry in REGISTRIES.items():
         if isinstance(content.get(group), dict):
             found += [((group, *path), problem) for path, problem in _check_method(content[group], registry)]
+    for key in content["schedule"] if isinstance(content.get("schedule"), dict) else ():
+        if key not in OVERRIDES:
+            found.append((("schedule", key), f"unknown key{nearest(key, OVERRIDES)}; allowed: {', '.join(OVERRIDES)}"))
     return found or _check_style(content)
 
 

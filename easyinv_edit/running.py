@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from easyinv_edit.backbones import load_lora
 from easyinv_edit.errors import InputError, RecipeError
 from easyinv_edit.images import MIN_SIDE, load, to_pil
 from easyinv_edit.pipeline import EditPipeline
@@ -16,6 +17,11 @@ from easyinv_edit.result import EditResult
 from easyinv_edit.trajectory import Trajectory
 
 SCENE = "scene:"
+KEPT = (
+    "model", "schedule", "lora", "lora_scale", "low_memory", "image", "style", "style_prompt", "source_features", "batch_size",
+    "dtype", "device", "output",
+)  # fmt: skip
+"""Keys of a recipe that a result records as they were given; the others it knows itself."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -32,7 +38,13 @@ def resolve_device(device: str) -> torch.device:
 def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:
     """Load the recipe's model in its dtype on its device; options as for `EditPipeline.from_pretrained`."""
     device = resolve_device(recipe.device)
-    return EditPipeline.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype), device=device, **options)
+    options = {"dtype": getattr(torch, recipe.dtype), "schedule": recipe.schedule, **options}
+    pipe = EditPipeline.from_pretrained(recipe.model, device=None if recipe.low_memory else device, **options)
+    if recipe.lora is not None:
+        load_lora(pipe.backbone.pipe, recipe.lora, recipe.lora_scale)
+    if recipe.low_memory:
+        pipe.enable_low_memory(device)
+    return pipe
 
 
 def source_image(spec: str, size: tuple[int, int]) -> str | Image.Image:
@@ -113,10 +125,7 @@ def edit_recipe(recipe: EditRecipe, pipe: EditPipeline, trajectory: Trajectory) 
         noise_mix=recipe.noise_mix,
         generator=_generator(recipe),
     )
-    kept = {
-        key: getattr(recipe, key)
-        for key in ("model", "image", "style", "style_prompt", "source_features", "batch_size", "dtype", "device", "output")
-    }
+    kept = {key: getattr(recipe, key) for key in KEPT}
     return dataclasses.replace(result, recipe={**result.recipe, **kept})
 
 

@@ -19,12 +19,22 @@ STDLIB = tuple(sys.stdlib_module_names)
 CORE = ("schedule", "conditioning", "denoiser", "trajectory", "sampling", "cost", "errors")
 CORE_FILES = tuple(f"easyinv_edit/{name}.py" for name in CORE)
 CORE_MODULES = tuple(f"easyinv_edit.{name}" for name in CORE)
-MODEL_ROOMS = ("easyinv_edit/backbones/*", "easyinv_edit/tabletop/*")
+MODEL_ROOMS = (
+    "easyinv_edit/backbones/*",
+    "easyinv_edit/tabletop/*",
+    "easyinv_edit/evaluation/clip_score.py",
+    "easyinv_edit/evaluation/dino.py",
+)
 SHARED_BY_METHODS = tuple(
     f"easyinv_edit.inversion.{name}" for name in ("base", "ancestral", "pivotal", "regularise", "two_latents")
 )
 LOGGERS = ("diffusers.utils", "transformers.utils")
-RECIPE_FILES = ("easyinv_edit/recipe.py", "easyinv_edit/places.py", "easyinv_edit/tabletop/training.py")
+RECIPE_FILES = (
+    "easyinv_edit/recipe.py",
+    "easyinv_edit/places.py",
+    "easyinv_edit/models.py",
+    "easyinv_edit/tabletop/training.py",
+)
 CONTROL_USERS = (
     "easyinv_edit/pipeline.py",
     "easyinv_edit/rows.py",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from easyinv_edit.backbones.loading import load_pipeline
+from easyinv_edit.backbones.loading import load_lora, load_pipeline
 from easyinv_edit.backbones.sd import StableDiffusion
 from easyinv_edit.backbones.sdxl import StableDiffusionXL
 from easyinv_edit.errors import ModelError
@@ -27,4 +27,4 @@ def wrap(pipe: Any, schedule: Mapping[str, Any] | None = None) -> StableDiffusio
     )
 
 
-__all__ = ["BACKBONES", "StableDiffusion", "StableDiffusionXL", "load_pipeline", "wrap"]
+__all__ = ["BACKBONES", "StableDiffusion", "StableDiffusionXL", "load_lora", "load_pipeline", "wrap"]

@@ -43,9 +43,10 @@ def _channels(values: Any, like: Tensor) -> Tensor:
 def _float32(vae: Any) -> Iterator[None]:
     """The autoencoder in float32 where it is float16, whose range its activations leave; cast back, without loss, afterwards.
 
-    One whose configuration says `force_upcast: false` (the float16 fix of SDXL's, AutoencoderTiny) stays as it is.
+    One whose configuration says `force_upcast: false` (the float16 fix of SDXL's, AutoencoderTiny) stays as it is, and so does
+    one of several dtypes (layerwise casting, quantisation), which could not be cast back.
     """
-    half = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", True)
+    half = getattr(vae.config, "force_upcast", True) and {p.dtype for p in vae.parameters()} == {torch.float16}
     try:
         if half:
             nn.Module.to(vae, torch.float32)  # diffusers' own `to` logs a warning about the cast

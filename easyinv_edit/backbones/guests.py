@@ -6,7 +6,9 @@ a source branch is never shown what is meant for the targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,17 +57,22 @@ def _image_embeddings(pipe: Any, pictures: Sequence[Image.Image], half: int) -> 
 def hint_parts(pipe: Any, pictures: Any, scale: Any, size: tuple[int, int]) -> dict[str, Tensor]:
     """One row of ControlNet's pictures and scales. pictures, scale: one, or a list with one per ControlNet; size: (height,
     width) of the model's picture, to which they are stretched as diffusers does."""
-    nets = _nets(pipe)
+    count = len(_nets(pipe))
     given = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * len(nets)
-    if len(given) != len(nets) or len(scales) != len(nets):
-        raise InputError(
-            f"control_image: {len(given)} pictures and {len(scales)} scales for {len(nets)} ControlNets; give one for each"
-        )
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * count
+    for name, values in (("control_image", given), ("controlnet_conditioning_scale", scales)):
+        if len(values) != count:
+            raise InputError(f"{name}: {len(values)} given for {count} ControlNets; give a list with one for each")
     fitted = [images.fit(images.load(picture), size, "stretch")[0] for picture in given]
     hints = images.to_unit(torch.cat([images.to_tensor(picture) for picture in fitted]))[None]
     on = pipe._execution_device
-    return {"hints": hints.to(on), "hint_scales": torch.tensor([[float(s) for s in scales]], device=on)}
+    return {"hints": hints.to(on), "hint_scales": torch.tensor([[_strength(s) for s in scales]], device=on)}
+
+
+def _strength(scale: Any) -> float:
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise InputError(f"controlnet_conditioning_scale is {scale!r}; give a number, 1 is usual and 0 turns the net off")
+    return float(scale)
 
 
 def _nets(pipe: Any) -> list[Any]:
@@ -75,6 +82,8 @@ def _nets(pipe: Any) -> list[Any]:
     nets = list(net.nets) if hasattr(net, "nets") else [net]
     if unserved := [type(n).__name__ for n in nets if type(n).__name__ != "ControlNetModel"]:
         raise InputError(f"control_image: {unserved[0]} is not served; use a plain ControlNetModel")
+    if any(n.config.global_pool_conditions for n in nets):  # diffusers then gives the unconditional half none
+        raise InputError("control_image: a ControlNet with global_pool_conditions (shuffle) is not served; use another")
     return nets
 
 
@@ -85,8 +94,15 @@ def residuals(pipe: Any, z: Tensor, label: Tensor, conditioning: Conditioning, a
     """
     if conditioning.hints is None or conditioning.hint_scales is None:
         return {}
+    nets = _nets(pipe)
     total: list[Tensor] = []
-    for i, net in enumerate(_nets(pipe)):
+    if len(nets) != conditioning.hints.shape[1]:
+        raise InputError(
+            f"control_image: the inversion was made with {conditioning.hints.shape[1]} ControlNets and the pipeline has "
+            f"{len(nets)}; load the same ones, or invert the image again"
+        )
+    _fetch(pipe.controlnet)
+    for i, net in enumerate(nets):
         rows = conditioning.hint_scales[:, i].nonzero().flatten().tolist()
         if not rows:
             continue
@@ -102,11 +118,18 @@ def residuals(pipe: Any, z: Tensor, label: Tensor, conditioning: Conditioning, a
             return_dict=False,
         )
         scale = own.hint_scales[:, i].to(mid).reshape(-1, 1, 1, 1)
-        spread = [_spread(scale * part, rows, len(z)) for part in (*down, mid)]
+        spread = [_spread((scale * part).to(pipe.unet.dtype), rows, len(z)) for part in (*down, mid)]
         total = [a + b for a, b in zip(total, spread, strict=True)] if total else spread
     if not total:
         return {}
     return {"down_block_additional_residuals": total[:-1], "mid_block_additional_residual": total[-1]}
+
+
+def _fetch(net: Any) -> None:
+    """Bring an offloaded ControlNet to where it computes. The hook of several lies on all of them together, and each is called
+    by itself, for its own rows."""
+    if hasattr(net, "_hf_hook"):
+        net._hf_hook.pre_forward(net)
 
 
 def _spread(part: Tensor, rows: Sequence[int], count: int) -> Tensor:

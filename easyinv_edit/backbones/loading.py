@@ -31,10 +31,26 @@ def load_pipeline(model: str | os.PathLike[str], *, dtype: torch.dtype | None = 
         options["dtype"] = dtype
     name = os.fspath(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(on_disk(name) or name, **options)
+        pipe = DiffusionPipeline.from_pretrained(str(on_disk(name) or name), **options)
     except Exception as error:  # a damaged folder makes diffusers raise nearly every type
         raise ModelError(" ".join(_refusal(name, options, error).splitlines())) from error
     return _with_vocabulary(name, pipe)
+
+
+def load_lora(pipe: Any, lora: str | os.PathLike[str], scale: float = 1.0) -> None:
+    """Load a LoRA into a pipeline at a strength. Raises ModelError in one line, with the remedy where peft is missing.
+
+    lora: a safetensors file, a folder, or a hub name. It stays a layer of its own; nothing is fused.
+    """
+    from diffusers.utils import is_peft_available
+
+    if not is_peft_available():
+        raise ModelError(f"{lora}: a LoRA needs peft; run `pip install 'easyinv-edit[lora]'`")
+    try:
+        pipe.load_lora_weights(os.fspath(on_disk(lora) or lora), adapter_name="recipe", use_safetensors=True)
+        pipe.set_adapters("recipe", scale)
+    except Exception as error:  # as for models, nearly every type
+        raise ModelError(f"{lora}: cannot be loaded as a LoRA of this model ({_reason(error)})") from error
 
 
 def _with_vocabulary(name: str, pipe: Any) -> Any:

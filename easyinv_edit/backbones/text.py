@@ -30,14 +30,43 @@ def fitting(pipe: Any, prompt: str) -> str:
 def words(pipe: Any, prompt: str) -> WordTokens:
     """The words of a prompt and their places in the text embeddings; a word that does not fit has none.
 
-    Punctuation marks are words of their own; the several vectors of a textual inversion belong to its word.
+    Punctuation marks are words of their own; a textual inversion is one word, whatever signs its name has, and all its vectors
+    are that word's.
     """
     kept = len(_read(pipe, _cut(pipe, prompt)))
     prompt = _read(pipe, prompt)
-    offsets, spans = _offsets(pipe, prompt), _word_spans(prompt)
-    places = [tuple(1 + i for i, (a, b) in enumerate(offsets) if a < end and b > start and end <= kept) for start, end in spans]
-    pairs = [(prompt[start:end], tokens) for (start, end), tokens in zip(spans, places, strict=True)]
+    offsets, learned = _offsets(pipe, prompt), _learned(pipe, prompt)
+    pairs = []
+    for start, end in sorted([*learned, *_between(prompt, sorted(learned))]):
+        places = tuple(1 + i for i, (a, b) in enumerate(offsets) if a < end and b > start and end <= kept)
+        pairs.append((learned.get((start, end), prompt[start:end]), places))
     return pairs, pipe.tokenizer.model_max_length
+
+
+def _learned(pipe: Any, text: str) -> dict[tuple[int, int], str]:
+    """Where textual inversions begin and end in what is read, and their names; further vectors are name_1, name_2, ..."""
+    known = set(pipe.tokenizer.get_added_vocab()) - set(pipe.tokenizer.all_special_tokens)
+    read = pipe.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found: list[tuple[int, int, str]] = []
+    following = ""
+    for token, (a, b) in zip(pipe.tokenizer.convert_ids_to_tokens(read["input_ids"]), read["offset_mapping"], strict=True):
+        if token == following:
+            start, _, name = found.pop()
+            found.append((start, b, name))
+            following = f"{name}_{int(token.removeprefix(f'{name}_')) + 1}"
+        elif token in known:
+            found.append((a, b, token))
+            following = f"{token}_1"
+        else:
+            following = ""
+    return {(start, end): name for start, end, name in found}
+
+
+def _between(text: str, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where the words begin and end that lie between the places that are taken already."""
+    starts, ends = [0, *(end for _, end in taken)], [*(start for start, _ in taken), len(text)]
+    gaps = zip(starts, ends, strict=True)
+    return [(start + a, start + b) for start, end in gaps for a, b in _word_spans(text[start:end])]
 
 
 def _read(pipe: Any, prompt: str) -> str:

@@ -68,8 +68,8 @@ def _row(layout: str, prompts: int, evaluations: int, seconds: float) -> dict[st
 
 @torch.no_grad()
 def _distance(pipe: EditPipeline, z: Tensor, reference: Tensor) -> dict[str, float]:
-    pictures = [to_unit(pipe.backbone.decode(x)) for x in (z, reference)]
-    return {"difference": (z - reference).abs().max().item(), "psnr": psnr(*pictures)}
+    mine, theirs = (to_unit(pipe.backbone.decode(x)) for x in (z, reference))
+    return {"difference": (z - reference).abs().max().item(), "psnr": psnr(mine, theirs)}
 
 
 @torch.no_grad()
