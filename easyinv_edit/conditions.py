@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from easyinv_edit.choices import nearest
-from easyinv_edit.conditioning import IMAGE, Conditioning, Framing
+from easyinv_edit.conditioning import IMAGE, TEXT, Conditioning, Framing
 from easyinv_edit.denoiser import Denoiser, Prompt
 from easyinv_edit.errors import InputError
 from easyinv_edit.images import Fit
@@ -51,8 +51,8 @@ def given_parts(backbone: Any, prompt: Prompt, conditions: Conditions, size: tup
     scale = conditions.get("controlnet_conditioning_scale")
     pictures = {name: conditions.get(name) for name in ("ip_adapter_image", "control_image")}
     parts = backbone.guests(size, **pictures, scale=1.0 if scale is None else scale)
-    own = prompt.parts() if isinstance(prompt, Conditioning) else {}
-    return {**own, **parts}
+    text = prompt.parts() if isinstance(prompt, Conditioning) else {}
+    return {**{name: part for name, part in text.items() if name in TEXT}, **parts}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _stacked(own: Conditioning, given: Sequence[Mapping[str, Tensor]]) -> dict[s
     """Pictures and hints of all rows; a row without one keeps what it has, or gets a hint of scale 0."""
     here = {name: part for name, part in own.parts().items() if name.startswith(IMAGE)}
     found: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for row in given for name in row if name not in ("embeddings", "pooled")):
+    for name in dict.fromkeys(name for row in given for name in row if name not in TEXT):
         like = next(row[name] for row in given if name in row).to(own.embeddings.device)
         _require_alike(name, here.get(name), [row[name] for row in given if name in row])
         rows = [row[name].to(like) if name in row else here[name][r : r + 1] if name in here else torch.zeros_like(like)

@@ -1,10 +1,11 @@
-"""The switches of a diffusers pipeline that save memory and leave what is computed alone."""
+"""The switches of a diffusers pipeline that save memory and leave what its UNet computes alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from easyinv_edit.errors import InputError
 
@@ -31,10 +32,17 @@ def _accelerator() -> torch.device:
 def _offloaded(pipe: Any, device: torch.device) -> list[str]:
     if device.type == "cpu" or getattr(pipe, "hf_device_map", None):
         return []
-    if any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
+    if any(hasattr(part, "_hf_hook") for part in pipe.components.values()) or _in_groups(pipe):
         return []
     try:
         pipe.enable_model_cpu_offload(device=device)
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(f"low memory: {str(error).splitlines()[0]}") from error
     return ["parts wait in host memory for their turn"]
+
+
+def _in_groups(pipe: Any) -> bool:
+    """Whether any part is offloaded by groups of layers, beside which diffusers refuses to offload whole parts."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    hooks = [module._diffusers_hook for part in parts for module in part.modules() if hasattr(module, "_diffusers_hook")]
+    return any(hook.get_hook("group_offloading") is not None for hook in hooks)

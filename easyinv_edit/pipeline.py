@@ -31,13 +31,13 @@ from easyinv_edit.conditions import Conditions, Row, denoiser_of, framing_of, gi
 from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Prompt
 from easyinv_edit.editing import Editing
-from easyinv_edit.errors import InputError
+from easyinv_edit.errors import InputError, ModelError
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
 from easyinv_edit.low_memory import save_memory
 from easyinv_edit.mask_files import reader
-from easyinv_edit.models import preset
+from easyinv_edit.models import on_disk, preset
 from easyinv_edit.output import OutputType, finish, inversion_recipe
 from easyinv_edit.result import EditResult
 from easyinv_edit.rows import source_scale, start_rows, words_of
@@ -80,7 +80,9 @@ class EditPipeline:
         `DiffusionPipeline.from_pretrained` takes (`variant`, `revision`, `local_files_only`, `cache_dir`, `token`, ...).
         Weights are read from safetensors only and no remote code is run. Raises ModelError in one line.
         """
-        known = preset(str(model))
+        known = None if str(model) == "embedded" or on_disk(model) else preset(str(model))
+        if known and known.load:
+            raise ModelError(f"{model}: takes more than one download; build it as `easyinv-edit models show {model}` says")
         folder = embedded_folder() if str(model) == "embedded" else known.id if known else model
         pipe = load_pipeline(str(folder), dtype=dtype or torch.float32, **options)
         decided = {**(known.schedule if known else {}), **(schedule or {})}

@@ -24,7 +24,7 @@ from attention_control import CONTROLLERS
 from easyinv_edit.choices import build, nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.inversion import INVERSIONS
-from easyinv_edit.models import OVERRIDES, preset
+from easyinv_edit.models import OVERRIDES, on_disk, preset
 from easyinv_edit.places import Places, leaves, places_of
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
@@ -192,7 +192,7 @@ def _reference_problem(name: str, places: Places, overrides: Sequence[str], erro
 
 def _recommended(model: Any) -> dict[str, Any]:
     """The keys that go with a model preset; none where a folder of that name lies here."""
-    known = preset(model) if isinstance(model, str) and not Path(model).exists() else None
+    known = preset(model) if isinstance(model, str) and not on_disk(model) else None
     return dict(known.recipe) if known else {}
 
 

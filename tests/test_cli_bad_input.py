@@ -159,7 +159,8 @@ def test_a_model_folder_with_pickle_weights_only(command: Command, home: Path, u
     torch.save({"weight": torch.zeros(1)}, home / "pickled" / "unet" / "diffusion_pytorch_model.bin")
     line = refused(command, "edit", "photo.png", "x", "model=./pickled")[0]
     assert "pickled: cannot be loaded as a diffusers model" in line
-    assert "give a folder or hub name with safetensors weights" in line
+    assert "text_encoder: has no weights" in line
+    assert "easyinv-edit models check ./pickled" in line
 
 
 def test_a_missing_model_folder(command: Command, home: Path) -> None:

@@ -24,6 +24,7 @@ MODEL_ROOMS = (
     "easyinv_edit/tabletop/*",
     "easyinv_edit/evaluation/clip_score.py",
     "easyinv_edit/evaluation/dino.py",
+    "easyinv_edit/evaluation/shapes.py",
 )
 SHARED_BY_METHODS = tuple(
     f"easyinv_edit.inversion.{name}" for name in ("base", "ancestral", "pivotal", "regularise", "two_latents")

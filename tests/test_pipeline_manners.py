@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_control import ControlError, MasaCtrl
 from easyinv_edit.errors import ImageError, InputError, NonFiniteError, TrajectoryError
+from easyinv_edit.inversion import INVERSIONS
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.trajectory import Trajectory
 
@@ -184,3 +185,12 @@ def test_a_latent_that_is_not_finite_names_where(untrained: EditPipeline, invert
 
     with pytest.raises(NonFiniteError, match="sampling"):
         untrained.edit(inverted, "x", callback_on_step_end=spoil)
+
+
+@pytest.mark.parametrize("name", [name for name, method in INVERSIONS.items() if method.fewest_steps > 1])
+def test_a_method_that_makes_no_sense_at_four_steps_says_which_does(
+    untrained: EditPipeline, picture: Image.Image, name: str
+) -> None:
+    with pytest.raises(InputError, match=rf"{name}: needs at least 10 steps, and 4 were asked; .* renoise"):
+        untrained.invert(picture, method=name, num_inference_steps=4)
+    assert len(untrained.invert(picture, method=name, num_inference_steps=10).schedule) == 10

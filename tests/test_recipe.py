@@ -318,3 +318,33 @@ def test_defaults_are_the_pipelines(method: Callable[..., object]) -> None:
 def test_a_prompt_of_any_letters_survives_yaml(prompt: str) -> None:
     recipe = EditRecipe(prompts=[prompt])
     assert parse(recipe.to_yaml()) == recipe
+
+
+def test_a_model_preset_gives_the_defaults_and_the_file_decides_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = parse("model: sdxl\nguidance_scale: 7\ncontrol: {sites: light}", overrides=["size=512"])
+    assert (recipe.dtype, recipe.size, recipe.guidance_scale) == ("float16", 512, 7)
+    assert recipe.control == {"name": "masactrl", "sites": "light"}
+    assert parse("", values={"model": "sd-turbo"}).num_inference_steps == 4
+    assert parse("", overrides=["model=sd-turbo"]).inversion == {"name": "renoise"}
+    Path("sdxl").mkdir()
+    assert parse("model: sdxl").guidance_scale == EditRecipe().guidance_scale, "a folder of that name is that folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("schedule: {timestep_spacin: trailing}", "recipe:1:12: schedule.timestep_spacin: unknown key - did you mean"),
+        ("schedule: trailing", "recipe:1:1: schedule: "),
+        ("schedule: {timestep_spacing: [1]}", "recipe:1:12: schedule.timestep_spacing: "),
+        ("lora_scale: 100", "recipe:1:1: lora_scale: should be less than or equal to 10"),
+        ("lora_scale: true", "recipe:1:1: lora_scale: should be a number"),
+        ("low_memory: 3", "recipe:1:1: low_memory: "),
+        ("lora: [a, b]", "recipe:1:1: lora: "),
+    ],
+)
+def test_mistakes_about_the_model_are_named(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse(text)
+    assert len(error.value.problems) == 1, error.value.problems
+    assert error.value.problems[0].startswith(problem)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attention_control import ControlError, ReferenceCache, list_sites
 from easyinv_edit.errors import InputError
+from easyinv_edit.inversion import INVERSIONS
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.result import EditResult
 from easyinv_edit.trajectory import Trajectory
@@ -59,7 +60,8 @@ def picture_of(number: int = 0) -> Image.Image:
 def inverted(pipe: EditPipeline, method: Any = "ddim", prompt: str = "", **options: Any) -> Trajectory:
     """A 32-pixel picture, so 8 x 8 latents, inverted in T steps."""
     chosen = {"name": method, **QUICK.get(method, {})} if isinstance(method, str) else method
-    settings = {"num_inference_steps": T, "size": 32, **options}
+    steps = max(T, INVERSIONS[chosen["name"]].fewest_steps)
+    settings = {"num_inference_steps": steps, "size": 32, **options}
     return pipe.invert(picture_of(), prompt, chosen, **settings)
 
 

@@ -83,7 +83,7 @@ def test_a_style_of_another_kind_is_refused(bench: Bench, other: dict[str, Any])
 
 def test_a_style_of_other_settings_is_refused(bench: Bench) -> None:
     one, other = (
-        bench.pipe.invert(Image.new("RGB", (64, 64)), "", {"name": "edict", "mix": mix}, num_inference_steps=T, size=32)
+        bench.pipe.invert(Image.new("RGB", (64, 64)), "", {"name": "edict", "mix": mix}, num_inference_steps=10, size=32)
         for mix in (0.93, 0.95)
     )
     with pytest.raises(TrajectoryError, match="differ in method, settings"):
@@ -219,7 +219,7 @@ def test_what_a_method_keeps_of_its_own_is_each_rows(bench: Bench, method: str) 
     """Unpinned, content and style each find their way back with what their own inversion left."""
     settings: dict[str, Any] = {"null_text": {"iterations": 1, "guidance_scale": 3.0}}.get(method, {})
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ((200, 40, 40), (90, 120, 200))]
-    options: dict[str, Any] = {"num_inference_steps": T, "size": 32, "generator": torch.Generator().manual_seed(0)}
+    options: dict[str, Any] = {"num_inference_steps": 10, "size": 32, "generator": torch.Generator().manual_seed(0)}
     chosen = {"name": method, **settings}
     content, style = (bench.pipe.invert(picture, CONTENT, chosen, **options) for picture in pictures)
     seen: list[Tensor] = []

@@ -46,6 +46,8 @@ def load_lora(pipe: Any, lora: str | os.PathLike[str], scale: float = 1.0) -> No
 
     if not is_peft_available():
         raise ModelError(f"{lora}: a LoRA needs peft; run `pip install 'easyinv-edit[lora]'`")
+    if os.fspath(lora).endswith(".safetensors") and not on_disk(lora):
+        raise ModelError(f"{lora}: there is no such file; give a LoRA's safetensors file, its folder, or a hub name")
     try:
         pipe.load_lora_weights(os.fspath(on_disk(lora) or lora), adapter_name="recipe", use_safetensors=True)
         pipe.set_adapters("recipe", scale)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from easyinv_edit.conditioning import Conditioning
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.schedule import NoiseSchedule
-from easyinv_edit.tabletop import networks
 
 DOWNSCALE = 8
 """Pixels per latent cell and side, of every model here."""
@@ -89,14 +88,8 @@ SHAPES: dict[str, Shape] = {
 def on_meta(shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
     """The UNet without memory for its weights: shapes only, evaluation mode."""
     with torch.device("meta"):
-        unet = _network_class()(**shape.config)
+        unet = UNet2DConditionModel(**shape.config)
     return nn.Module.to(unet, dtype).eval()  # diffusers' own `to` logs a notice about the cast
-
-
-@cache
-def _network_class() -> Any:
-    """diffusers' UNet2DConditionModel, of which the embedded model's UNet is one: only its room imports diffusers' networks."""
-    return type(networks.build_unet())
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:

@@ -30,12 +30,14 @@ SETTINGS = ConfigDict(extra="forbid", validate_default=True)
 class InversionMethod(Protocol):
     """A frozen dataclass whose fields are its settings and its YAML keys; run state is local to `invert`.
 
-    passes: how often `invert` visits every level; the first pass goes up, the second, of methods that refine, comes down.
+    passes: how often `invert` visits every level; the first pass goes up, the second, of methods that refine, comes down;
+    fewest_steps: below which the pipeline refuses it, because what comes out is no use.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     passes: ClassVar[int] = 1
+    fewest_steps: ClassVar[int] = 1
 
     def invert(
         self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None

@@ -38,6 +38,7 @@ class BDIA(InversionMethod):
 
     name: ClassVar[str] = "bdia"
     paper: ClassVar[str] = "arXiv 2307.10829"
+    fewest_steps: ClassVar[int] = 10
 
     def invert(
         self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None

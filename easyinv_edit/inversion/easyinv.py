@@ -46,22 +46,27 @@ def _ascending(window: tuple[float, float]) -> tuple[float, float]:
 
 Window = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 
-PRESETS: dict[str, tuple[float, tuple[float, float]]] = {"sd": (0.5, (0.05, 0.25)), "sdxl": (0.8, (0.85, 0.95))}
-"""eta and window the authors use, per model family."""
+PRESETS: dict[str, tuple[float, tuple[float, float]]] = {
+    "sd": (0.5, (0.05, 0.25)),
+    "sdxl": (0.8, (0.85, 0.95)),
+    "few_step": (0.8, (0.5, 1.0)),
+}
+"""eta and window: what the authors use per model family, and ours for 4 to 8 steps, of which their windows hold none or one."""
 
 
 @dataclass(frozen=True, config=SETTINGS)
 class EasyInv(InversionMethod):
     """EasyInv (arXiv 2408.05159).
 
-    variant: where the blend happens, see this module's text; preset: "sd" (eta 0.5, window 0.05-0.25: low noise) or "sdxl"
-    (eta 0.8, window 0.85-0.95: high noise), by default chosen from the model; eta: weight of the current latent in [0, 1],
-    1 being DDIM inversion bit for bit; window: open interval, as fractions of T, of the step indices j = 0 .. T-1 that are
-    blended (index j leads from level j to j + 1). `eta` and `window` override the preset. Cost: one evaluation per level.
+    variant: where the blend happens, see this module's text; preset: "sd" (eta 0.5, window 0.05-0.25: low noise), "sdxl" (eta
+    0.8, window 0.85-0.95: high noise), by default chosen from the model, or "few_step" (eta 0.8, window 0.5-1: ours, SDXL's
+    widened so that 4 steps hold a blend); eta: weight of the current latent in [0, 1], 1 being DDIM inversion bit for bit;
+    window: open interval, as fractions of T, of the step indices j = 0 .. T-1 that are blended (index j leads from level j to j
+    + 1). `eta` and `window` override the preset. Cost: one evaluation per level.
     """
 
     variant: Literal["repo", "paper"] = "repo"
-    preset: Literal["auto", "sd", "sdxl"] = "auto"
+    preset: Literal["auto", "sd", "sdxl", "few_step"] = "auto"
     eta: Fraction | None = None
     window: Window | None = None
 
@@ -89,7 +94,7 @@ class EasyInv(InversionMethod):
         if not hits:
             warnings.warn(
                 f"easyinv: the window {window} holds none of the {len(denoiser.schedule)} steps, so this is plain DDIM "
-                "inversion; use more steps or a wider window",
+                "inversion; use more steps or a wider window, or preset few_step",
                 EasyInvWarning,
                 stacklevel=2,
             )

@@ -42,6 +42,7 @@ class EDICT(InversionMethod):
 
     name: ClassVar[str] = "edict"
     paper: ClassVar[str] = "arXiv 2211.12446"
+    fewest_steps: ClassVar[int] = 10
 
     def invert(
         self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None

@@ -39,6 +39,7 @@ class OBELM(InversionMethod):
 
     name: ClassVar[str] = "obelm"
     paper: ClassVar[str] = "arXiv 2410.07273"
+    fewest_steps: ClassVar[int] = 10
 
     def invert(
         self, denoiser: Denoiser, z0: Tensor, on_level: OnLevel | None = None, generator: Generators = None

@@ -256,3 +256,9 @@ def test_eta_and_window_override_the_preset(settings: dict[str, Any], family: st
 def test_a_setting_that_makes_no_sense_is_refused_by_name(setting: str, value: object) -> None:
     with pytest.raises(ValueError, match=setting):
         EasyInv(**{setting: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "hits"), [(4, [3]), (5, [3, 4]), (8, [5, 6, 7])])
+def test_the_few_step_preset_blends_where_the_authors_windows_hold_nothing(steps: int, hits: list[int]) -> None:
+    assert EasyInv(preset="few_step").hit_steps(steps, "sdxl") == hits
+    assert EasyInv().hit_steps(4, "sd") == EasyInv().hit_steps(4, "sdxl") == []
