@@ -47,7 +47,7 @@ class PromptToPrompt:
     word_steps: dict[str, Step] = field(default_factory=dict)
     reweight: dict[str, Annotated[float, Field(ge=-100, le=100)]] = field(default_factory=dict)
     self_steps: Step = 0.4
-    sites: Sites = "tokens<=256, 4-63 of 70"
+    sites: Sites = "tokens<=256, 4-9 of 16, 4-63 of 70"
     blend_source: str = ""
     blend_target: str = ""
     blend_threshold: Share = 0.3

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from easyinv_edit import images
 from easyinv_edit.cost import Cost
+from easyinv_edit.denoiser import Prompt
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.result import EditResult
 from easyinv_edit.trajectory import Trajectory
@@ -60,6 +61,11 @@ def finish(
         quality=quality,
         flagged=flagged,
     )
+
+
+def texts_of(prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts as a result records them: embeddings cannot be written down."""
+    return [prompt if isinstance(prompt, str) else "(embeddings)" for prompt in prompts]
 
 
 def inversion_recipe(trajectory: Trajectory) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from attention_control import CONTROLLERS, Controller, ReferenceCache, Run
+from attention_control import CONTROLLERS, Controller, ReferenceCache
 from easyinv_edit import checks
-from easyinv_edit import images as pictures
 from easyinv_edit.backbones import load_pipeline, wrap
 from easyinv_edit.choices import build, describe
 from easyinv_edit.conditions import Conditions, Row, denoiser_of, framing_of, given_parts, rows_of
@@ -35,22 +33,18 @@ from easyinv_edit.errors import InputError, ModelError
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
+from easyinv_edit.inverting import apart, inverted, sources_of
 from easyinv_edit.low_memory import save_memory
 from easyinv_edit.mask_files import reader
 from easyinv_edit.models import on_disk, preset
-from easyinv_edit.output import OutputType, finish, inversion_recipe
+from easyinv_edit.output import OutputType, finish, inversion_recipe, texts_of
 from easyinv_edit.result import EditResult
 from easyinv_edit.rows import source_scale, start_rows, words_of
 from easyinv_edit.sampling import sample
-from easyinv_edit.source_features import fingerprint, kept_while_inverting
 from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": ...}) -> the same dict, or None."""
-
-
-EMBEDDINGS = "(embeddings)"
-"""What stands in a result's recipe for a prompt that was given as embeddings."""
 
 
 class EditPipeline:
@@ -126,7 +120,7 @@ class EditPipeline:
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        negative_prompt: str | None = None,
+        negative_prompt: Prompt | None = None,
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
         generator: Generators = None,
@@ -159,7 +153,7 @@ class EditPipeline:
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        negative_prompt: str | None = None,
+        negative_prompt: Prompt | None = None,
         size: int | tuple[int, int] | None = None,
         fit: Literal["crop", "pad", "stretch"] = "crop",
         generator: Generators = None,
@@ -175,16 +169,10 @@ class EditPipeline:
         chosen = build(INVERSIONS, method, "inversion method")
         checks.some(images, "images")
         checks.one_per_image(prompts, len(images), generator)
-        fitted = [pictures.fit(pictures.load(image), self._size(size), fit) for image in images]
-        pixels = torch.cat([pictures.to_tensor(picture) for picture, _ in fitted])
+        sources = sources_of(self.backbone, images, prompts, self._size(size), fit, conditions)
         schedule = self.backbone.schedule(checks.steps(num_inference_steps, chosen))
-        given = [
-            given_parts(self.backbone, prompt, conditions, record.size)
-            for prompt, (_, record) in zip(prompts, fitted, strict=True)
-        ]
-        asked = [Row(prompt, record.framing, own) for prompt, (_, record), own in zip(prompts, fitted, given, strict=True)]
-        denoiser = denoiser_of(self.backbone, asked, (guidance_scale,) * len(prompts), negative_prompt, schedule)
-        z0 = self.backbone.encode(pixels.to(self.backbone.device))
+        guidance = (guidance_scale,) * len(sources)
+        denoiser = denoiser_of(self.backbone, [source.row for source in sources], guidance, negative_prompt, schedule)
         visits = num_inference_steps * getattr(chosen, "passes", 1)
         with self._working("inverting", visits) as (advance, cost):
 
@@ -193,24 +181,8 @@ class EditPipeline:
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, level - 1, schedule.timesteps[level], {"latents": z})
 
-            with ExitStack() as stack:
-                inverting, features = denoiser, None
-                if keep_features is not None:
-                    read = reader(fitted[0][1].as_dict(), self._pixels(z0))
-                    run = Run(num_inference_steps, _sides(z0), read_mask=read, device=self.backbone.device)
-                    control = build(CONTROLLERS, keep_features, "controller")
-                    kept = kept_while_inverting(denoiser, control, run, chosen.name, getattr(chosen, "passes", 1))
-                    inverting, features = stack.enter_context(kept)
-                batch = chosen.invert(inverting, z0, on_level, generator)
-            if features is not None:
-                features.source = fingerprint(batch)
-        identity = {**self.backbone.identity(), "name": self.name}
-        rows = replace(batch, model=identity, cost=cost, features=features).rows()
-        facts = zip(rows, prompts, pictures.to_uint8(pixels), fitted, given, strict=True)
-        return [
-            replace(row, prompt=prompt if isinstance(prompt, str) else "", source=source, fit=record.as_dict(), given=own)
-            for row, prompt, source, (_, record), own in facts
-        ]
+            batch = inverted(denoiser, chosen, sources, keep_features, generator, on_level)
+        return apart(batch, sources, {**self.backbone.identity(), "name": self.name}, cost)
 
     @torch.no_grad()
     def edit(
@@ -282,13 +254,12 @@ class EditPipeline:
                 lambda total: self._progress("editing", total),
                 None if callback_on_step_end is None else partial(callback_on_step_end, self),
             )
-        texts = [prompt if isinstance(prompt, str) else EMBEDDINGS for prompt in prompts]
         recipe = {
             "model": self.name,
             **inversion_recipe(trajectory),
-            "prompts": texts,
+            "prompts": texts_of(prompts),
             "style_prompt": "" if style is None else style.prompt,
-            "negative_prompt": negative_prompt if isinstance(negative_prompt, str | None) else EMBEDDINGS,
+            "negative_prompt": None if negative_prompt is None else texts_of([negative_prompt])[0],
             "control": describe(chosen),
             "guidance_scale": guidance_scale,
             "source_guidance_scale": source_guidance_scale,
@@ -301,7 +272,14 @@ class EditPipeline:
         }
         costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
         return finish(
-            self.backbone, trajectory, texts, z, recipe=recipe, cost=costs, output_type=output_type, pinned=pin_source
+            self.backbone,
+            trajectory,
+            texts_of(prompts),
+            z,
+            recipe=recipe,
+            cost=costs,
+            output_type=output_type,
+            pinned=pin_source,
         )
 
     @torch.no_grad()
@@ -310,7 +288,7 @@ class EditPipeline:
         trajectories: Trajectory | Sequence[Trajectory],
         *,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: Prompt | None = None,
     ) -> tuple[Tensor, Cost]:
         """Sample inversions back alone: no pin, no control, under their own prompts and by their method's own sampler.
 
@@ -395,7 +373,3 @@ def embedded_folder() -> Path:
 
 def _nothing() -> None:
     """No progress to tell."""
-
-
-def _sides(z: Tensor) -> tuple[int, int]:
-    return z.shape[-2], z.shape[-1]

@@ -81,7 +81,7 @@ class Trajectory:
 
     @classmethod
     def join(cls, trajectories: Sequence[Trajectory]) -> Trajectory:
-        """Trajectories of one method, schedule and size as one of several rows; prompt, source, fit, given are the first's.
+        """Trajectories of one method, schedule and size as one of several rows; prompt, source and fit are the first's.
 
         Raises TrajectoryError where they do not go together.
         """
@@ -94,7 +94,9 @@ class Trajectory:
                 )
         latents = torch.cat([t.latents for t in trajectories], 1)
         extras = {name: torch.cat([t.extras[name] for t in trajectories], 1) for name in first.extras}
-        return replace(first, latents=latents, extras=extras)
+        common = [name for name in first.given if all(name in t.given for t in trajectories)]
+        given = {name: torch.cat([t.given[name] for t in trajectories]) for name in common}
+        return replace(first, latents=latents, extras=extras, given=given)
 
     def _kind(self) -> tuple[Any, ...]:
         """What inversions of one batch have in common; settings as a file would hold them."""

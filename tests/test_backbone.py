@@ -179,7 +179,8 @@ def test_a_prompt_that_just_fits_is_silent(backbone: StableDiffusion) -> None:
 
 def reference(config: dict[str, Any], steps: int) -> NoiseSchedule:
     """The schedule of diffusers' DDIM built from a configuration, with what is for pixels turned off."""
-    s = diffusers.DDIMScheduler.from_config({**config, "clip_sample": False, "set_alpha_to_one": False, "thresholding": False})
+    said = {key: value for key, value in config.items() if key != "_use_default_values"}
+    s = diffusers.DDIMScheduler.from_config({"set_alpha_to_one": False, **said, "clip_sample": False, "thresholding": False})
     s.set_timesteps(steps)
     return NoiseSchedule.from_alphas(
         s.alphas_cumprod, s.timesteps.tolist(), float(s.final_alpha_cumprod), config["prediction_type"]

@@ -421,18 +421,19 @@ def test_rows_keep_their_own(name: str) -> None:
 
 
 @EACH_PART
-def test_joined_trajectories_have_what_the_first_was_given(name: str) -> None:
-    first, second = trajectory(GIVEN, 2).rows()
-    joined = Trajectory.join([first, second])
+def test_joined_trajectories_have_what_each_was_given(name: str) -> None:
+    rows = trajectory(GIVEN, 2).rows()
+    joined = Trajectory.join(rows)
     assert joined.latents.shape[1] == 2
-    assert torch.equal(joined.given[name], first.given[name])
+    for again, row in zip(joined.rows(), rows, strict=True):
+        assert torch.equal(again.given[name], row.given[name])
 
 
 def test_what_was_given_does_not_keep_trajectories_apart() -> None:
-    """A style picture may have been shown something else, or nothing."""
+    """A style picture may have been shown something else, or nothing; a batch has what all of them have."""
     given, bare = trajectory({"hints": torch.zeros(1, 2)}), trajectory({})
-    assert Trajectory.join([given, bare]).given.keys() == {"hints"}
-    assert Trajectory.join([bare, given]).given == {}
+    assert Trajectory.join([given, given]).given.keys() == {"hints"}
+    assert Trajectory.join([given, bare]).given == Trajectory.join([bare, given]).given == {}
     with pytest.raises(TrajectoryError, match="they are no batch"):
         Trajectory.join([bare, replace(bare, method="easyinv")])
 

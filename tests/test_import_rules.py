@@ -40,6 +40,7 @@ CONTROL_USERS = (
     "easyinv_edit/pipeline.py",
     "easyinv_edit/rows.py",
     "easyinv_edit/editing.py",
+    "easyinv_edit/inverting.py",
     "easyinv_edit/source_features.py",
     "easyinv_edit/recipe.py",
     "easyinv_edit/cli.py",

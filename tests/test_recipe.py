@@ -320,7 +320,9 @@ def test_a_prompt_of_any_letters_survives_yaml(prompt: str) -> None:
     assert parse(recipe.to_yaml()) == recipe
 
 
-def test_a_model_preset_gives_the_defaults_and_the_file_decides_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_preset_gives_the_defaults_and_the_file_decides_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = parse("model: sdxl\nguidance_scale: 7\ncontrol: {sites: light}", overrides=["size=512"])
     assert (recipe.dtype, recipe.size, recipe.guidance_scale) == ("float16", 512, 7)

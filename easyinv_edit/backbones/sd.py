@@ -190,8 +190,8 @@ class StableDiffusion:
 
 
 def has_parts(pipe: Any, names: Sequence[str]) -> bool:
-    """Whether a pipeline has these parts, and a UNet that takes the latents alone."""
-    if any(getattr(pipe, name, None) is None for name in names):
+    """Whether a pipeline has these parts, and a UNet that takes the latents alone and no class."""
+    if any(getattr(pipe, name, None) is None for name in names) or pipe.unet.config.class_embed_type is not None:
         return False
     return bool(pipe.unet.config.in_channels == pipe.vae.config.latent_channels)
 
