@@ -33,7 +33,7 @@ OVERRIDES = (
     "steps_offset",
     "timestep_spacing",
 )
-"""What may be decided over a scheduler's configuration: those of `backbones.schedules`, which cannot be imported at once."""
+"""What may be decided over a scheduler's configuration, by diffusers' names."""
 
 
 def _override(key: str) -> str:

@@ -132,7 +132,9 @@ def load_ip_adapters(pipe: Any, *kinds: str) -> Any:
     return pipe
 
 
-def lora(pipe: Any, seed: int = 0, rank: int = 2, layers: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")) -> dict[str, Tensor]:
+def lora(
+    pipe: Any, seed: int = 0, rank: int = 2, layers: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+) -> dict[str, Tensor]:
     """A LoRA of the UNet's attention and the first text encoder's, under peft's names."""
     generator = torch.Generator().manual_seed(seed)
     found = {f"unet.{name}": module for name, module in pipe.unet.named_modules() if name.endswith(tuple(layers))}

@@ -24,9 +24,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from easyinv_edit.backbones import BACKBONES, wrap
-from easyinv_edit.backbones.schedules import OVERRIDES as SCHEDULE_OVERRIDES
 from easyinv_edit.errors import RecipeError
-from easyinv_edit.models import OVERRIDES, ModelPreset, cached_folder, on_disk, preset, presets, read_preset
+from easyinv_edit.models import ModelPreset, cached_folder, on_disk, preset, presets, read_preset
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.recipe import parse
 from easyinv_edit.terminal import shipped
@@ -73,11 +72,6 @@ def test_models_of_few_steps_are_used_without_guidance(name: str) -> None:
     assert recipe.num_inference_steps <= 8
     assert recipe.inversion == {"name": "renoise"}
     assert 0 < recipe.control["start_step"] < recipe.num_inference_steps
-
-
-def test_overrides_are_those_of_the_schedule() -> None:
-    """Two lists of one thing, because the schedule's file imports diffusers."""
-    assert OVERRIDES == SCHEDULE_OVERRIDES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,19 +15,9 @@ from diffusers import DDIMScheduler
 
 from easyinv_edit.choices import nearest
 from easyinv_edit.errors import InputError, ModelError
+from easyinv_edit.models import OVERRIDES
 from easyinv_edit.schedule import NoiseSchedule
 
-OVERRIDES = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "set_alpha_to_one",
-    "steps_offset",
-    "timestep_spacing",
-)
-"""What a user may decide over the scheduler's configuration, by diffusers' names."""
 BETAS = ("beta_start", "beta_end", "beta_schedule")
 SPACING = ("steps_offset", "timestep_spacing")
 DISTILLED = "original_inference_steps"  # a setting of schedulers with timesteps of their own

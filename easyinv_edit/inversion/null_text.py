@@ -34,8 +34,9 @@ class NullText(InversionMethod):
     tolerance: mean squared error at which a level is done, 0 doing all iterations.
 
     The embeddings travel as `extras["null_embeddings"]` (T, rows, tokens, dim); they take the place of the edit's negative
-    prompt. Optimises in float32; through a half-precision UNet the gradients are coarse, which is warned of. Cost: the base's
-    and, per level, at most iterations + 2 evaluations, `iterations` of them with a backward pass.
+    prompt; SDXL's pooled embedding is not fitted. Optimises in float32; through a half-precision UNet the gradients are coarse,
+    which is warned of. Cost: the base's and, per level, at most iterations + 2 evaluations, `iterations` of them with a
+    backward pass.
     """
 
     base: Pivots = by_name("ddim")

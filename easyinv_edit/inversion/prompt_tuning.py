@@ -34,9 +34,9 @@ class PromptTuning(InversionMethod):
     embedding in an edit, 0 giving the source back; guidance_scale: what the edit will use, and what an unpinned source branch
     is reconstructed at; iterations, learning_rate, tolerance: of the fit, as in null-text inversion.
 
-    The embeddings travel as `extras["prompt_embeddings"]` (T, rows, tokens, dim). Optimises in float32; through a
-    half-precision UNet the gradients are coarse, which is warned of. Cost: the base's and, per level, at most iterations + 2
-    evaluations, `iterations` of them with a backward pass.
+    The embeddings travel as `extras["prompt_embeddings"]` (T, rows, tokens, dim); SDXL's pooled embedding is not fitted.
+    Optimises in float32; through a half-precision UNet the gradients are coarse, which is warned of. Cost: the base's and, per
+    level, at most iterations + 2 evaluations, `iterations` of them with a backward pass.
     """
 
     base: Pivots = by_name("ddim")

@@ -13,8 +13,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from easyinv_edit.backbones import wrap
-from easyinv_edit.backbones.schedules import OVERRIDES, check_overrides, ddim_schedule
+from easyinv_edit.backbones.schedules import check_overrides, ddim_schedule
 from easyinv_edit.errors import EasyInvError, InputError, ModelError, ScheduleError
+from easyinv_edit.models import OVERRIDES
 from easyinv_edit.schedule import NoiseSchedule
 from tests.models import BETAS, sd, sdxl
 
