@@ -44,5 +44,5 @@ def _offloaded(pipe: Any, device: torch.device) -> list[str]:
 def _in_groups(pipe: Any) -> bool:
     """Whether any part is offloaded by groups of layers, beside which diffusers refuses to offload whole parts."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    hooks = [module._diffusers_hook for part in parts for module in part.modules() if hasattr(module, "_diffusers_hook")]
-    return any(hook.get_hook("group_offloading") is not None for hook in hooks)
+    hooks: list[Any] = [getattr(module, "_diffusers_hook", None) for part in parts for module in part.modules()]
+    return any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)

@@ -99,10 +99,10 @@ class EditPipeline:
     def enable_low_memory(self, device: str | torch.device | None = None) -> list[str]:
         """Turn on everything that saves memory and leaves the edit alone; returns what was turned on, in words.
 
-        The autoencoder works on a picture at a time, in tiles where it is larger than one (their seams may show), prompts are
-        edited one at a time with the source beside them instead of kept features, and on an accelerator the parts wait in host
-        memory for their turn (`enable_model_cpu_offload`; device: which accelerator, by default the one that is there). What an
-        edit took at its peak stands in `result.cost["edit"].peak_memory_bytes`.
+        The autoencoder works on a picture at a time, and in tiles where pictures are larger than the model's own, which changes
+        them visibly; prompts are edited one at a time with the source beside them instead of kept features; on an accelerator
+        the parts wait in host memory for their turn (`enable_model_cpu_offload`; device: which accelerator, by default the one
+        that is there). What an edit took at its peak stands in `result.cost["edit"].peak_memory_bytes`.
         """
         self._frugal = True
         switched = save_memory(self.backbone.pipe, torch.device(device) if device else None)
@@ -271,16 +271,10 @@ class EditPipeline:
             "size": list(self._pixels(start)),
         }
         costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
-        return finish(
-            self.backbone,
-            trajectory,
-            texts_of(prompts),
-            z,
-            recipe=recipe,
-            cost=costs,
-            output_type=output_type,
-            pinned=pin_source,
-        )
+        options = {"recipe": recipe, "cost": costs, "output_type": output_type, "pinned": pin_source}
+        with ExitStack() as stack:
+            stack.callback(self.backbone.release)
+            return finish(self.backbone, trajectory, texts_of(prompts), z, **options)
 
     @torch.no_grad()
     def reconstruct(

@@ -87,7 +87,7 @@ class StableDiffusion:
         LoRA loaded, and wherever its folder lies.
         """
         unet = self.pipe.unet
-        weights = (unet.conv_in.weight, unet.conv_norm_out.weight, unet.conv_out.weight)
+        weights = [_weight(layer) for layer in (unet.conv_in, unet.conv_norm_out, unet.conv_out)]
         probe = [value for w in weights for value in w.detach().float().flatten()[:: max(1, w.numel() // 8)][:8].tolist()]
         return {"family": self.family, "name": str(self.pipe.config.get("_name_or_path") or ""), "probe": probe}
 
@@ -187,6 +187,11 @@ class StableDiffusion:
             wanted = "also needs pooled embeddings" if self.needs_pooled else "reads no pooled embeddings"
             raise InputError(f"prompt embeddings: this model {wanted}; make them with its own encode_prompt")
         return Conditioning(given.embeddings, given.pooled).to(self.device, self.dtype)
+
+
+def _weight(layer: Any) -> Tensor:
+    """A layer's weight, also where sequential offload keeps it elsewhere."""
+    return layer._hf_hook.weights_map["weight"] if layer.weight.device.type == "meta" else layer.weight
 
 
 def has_parts(pipe: Any, names: Sequence[str]) -> bool:

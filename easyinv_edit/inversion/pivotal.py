@@ -137,7 +137,7 @@ def _require_finite(gradient: Tensor, method: str, level: int) -> None:
 
 
 def _speak_of_half_precision(denoiser: Denoiser, method: str) -> None:
-    dtype = next(denoiser.backbone.network.parameters()).dtype
+    dtype = next(p.dtype for p in denoiser.backbone.network.parameters() if p.is_floating_point())  # others are quantised
     if torch.finfo(dtype).bits < 32:
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
