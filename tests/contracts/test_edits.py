@@ -45,6 +45,11 @@ def steps_of(inversion: str) -> int:
     return max(T, INVERSIONS[inversion].fewest_steps)
 
 
+def tolerance(inversion: str) -> float:
+    """Of float32 rounding, which differs from batch to batch; pairs of latents amplify it (2e-13 in float64)."""
+    return 1e-3 if inversion in ("edict", "bdia") else 1e-4
+
+
 @dataclass
 class Edit:
     """The targets' latents, the source branch after each step, and the cost."""
@@ -137,7 +142,7 @@ def test_two_prompts_are_two_edits(bench: Bench, inversion: str, controller: str
     alone = bench.first(inversion, controller, pinned).targets
     both = bench.edited(bench.inverted(inversion), controller, [OTHER, TARGET], pin_source=pinned).targets
     assert both.shape == (2, 4, SIDE, SIDE)
-    assert (both[1:] - alone).abs().max() < 1e-4
+    assert (both[1:] - alone).abs().max() < tolerance(inversion)
     assert (both[0] - both[1]).abs().max() > 1e-3, "the prompt matters"
 
 
@@ -152,10 +157,10 @@ def test_guidance_and_control_matter(bench: Bench, inversion: str, controller: s
 
 @SOME_PAIRS
 def test_the_unpinned_source_branch_is_the_reconstruction(bench: Bench, inversion: str, controller: str) -> None:
-    """What runs beside it changes nothing about it but rounding, 2e-13 in float64, which pairs of latents amplify."""
+    """What runs beside it changes nothing about it."""
     alone, _ = bench.pipe.reconstruct(bench.inverted(inversion))
     source = bench.first(inversion, controller, False).source
-    assert (source[-1] - alone).abs().max() < (1e-3 if inversion in ("edict", "bdia") else 1e-4)
+    assert (source[-1] - alone).abs().max() < tolerance(inversion)
 
 
 @SOME_PAIRS
