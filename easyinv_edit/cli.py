@@ -15,6 +15,7 @@ import typer
 
 from easyinv_edit import cli_bench as bench
 from easyinv_edit import cli_models as models
+from easyinv_edit import cli_report as reports
 from easyinv_edit import cli_tabletop as tabletop
 from easyinv_edit import terminal
 from easyinv_edit.terminal import Debug, Json, Quiet, config_file, shipped
@@ -145,6 +146,9 @@ def doctor(json_: Json = False, debug: Debug = False) -> None:
     typer.echo(json.dumps([asdict(f) for f in findings], indent=2) if json_ else "\n".join(lines))
     if not all(f.good for f in findings):
         raise typer.Exit(1)
+
+
+app.command("report")(reports.report)
 
 
 @recipes_app.command("list")

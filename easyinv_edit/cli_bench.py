@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +14,16 @@ from easyinv_edit import cli_speed, terminal
 from easyinv_edit.terminal import Debug, Json, Quiet
 
 if TYPE_CHECKING:
-    from easyinv_edit.evaluation.edit_bench import Plan as EditPlan
-    from easyinv_edit.evaluation.inversion_bench import Plan
+    from easyinv_edit.evaluation.benchmark import Benchmark
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods side by side.")
+Config = Annotated[
+    str | None, typer.Option("--config", help="A benchmark's file, or a name of configs/benchmarks; it decides the rest.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --config: its keys, e.g. data.count=8.")
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run; it goes on there.")]
 
 
 @app.callback()
@@ -29,6 +33,9 @@ def group() -> None:
 
 @app.command("inversion")
 def inversion(
+    ctx: typer.Context,
+    overrides: Overrides = None,
+    config: Config = None,
     images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 8,
     steps: Annotated[str, typer.Option(help="Values of T, separated by commas.")] = "10,20,50",
     methods: Annotated[str, typer.Option(help="Inversion methods, separated by commas; by default all.")] = "",
@@ -38,75 +45,87 @@ def inversion(
     batch: Annotated[int, typer.Option(min=1, help="Pictures inverted at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Folder of the run; it goes on there.")
-    ] = "outputs/bench-inversion",
+    output: Output = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Invert pictures with every method and sample them back: errors, evaluations and seconds.
 
-    Writes a table, CSV, JSON and a figure. Stopped with Ctrl-C it goes on where it was when the same command is given again.
+    --config reads a file, such as paper_table1, and KEY=VALUE decides its keys otherwise; without it the options do. Writes
+    results, tables and pictures. Stopped at any moment it goes on where it was when the same command is given again.
     """
+    if config is not None:
+        _carry_out(*_configured(ctx, config, overrides, "inversion"), output, quiet, json_)
+        return
+    _refuse_overrides(overrides)
     from easyinv_edit.errors import InputError
-
-    place = Path(output)
+    from easyinv_edit.evaluation.benchmark import from_mapping
     from easyinv_edit.inversion import INVERSIONS
 
     chosen, values = _names(methods, INVERSIONS, "--methods"), _steps(steps)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype!r}: choose float32, bfloat16 or float16")
-    terminal.require_writable(place)
-    terminal.settle(quiet)
-    from easyinv_edit.evaluation.inversion_bench import Plan
-
-    plan = Plan(chosen, values, guidance, batch)
-    request = {"model": model, "images": images, "folder": folder, "dtype": dtype, "device": device, **asdict(plan)}
-    try:
-        table = _run(plan, request, place, quiet or json_)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise
-    terminal.show(table, quiet, json_, lambda rows: markdown(rows, INVERSION_COLUMNS))
+    content = {
+        "kind": "inversion",
+        "title": "Inversions sampled back",
+        "data": {"set": "tabletop" if folder is None else "folder", "path": folder, "count": images},
+        "model": model,
+        "dtypes": [dtype],
+        "device": device,
+        "inversions": list(chosen),
+        "num_inference_steps": list(values),
+        "guidance_scale": guidance,
+        "batch": batch,
+        "output": "outputs/bench-inversion",
+    }
+    _carry_out(from_mapping(content), "", output, quiet, json_)
 
 
 @app.command("edits")
 def edits(
+    ctx: typer.Context,
+    overrides: Overrides = None,
+    config: Config = None,
     scenes: Annotated[int, typer.Option(min=1, help="Cases per task.")] = 8,
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps, T.")] = 25,
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; by default all.")] = "",
     controls: Annotated[str, typer.Option(help="Controls, separated by semicolons; by default all.")] = "",
     inversions: Annotated[str, typer.Option(help="Inversion methods, separated by commas.")] = "easyinv",
-    model: Annotated[str, typer.Option(help="A tabletop model's folder, or 'embedded'.")] = "embedded",
+    model: Annotated[str, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = "embedded",
     guidance: Annotated[float, typer.Option(min=0, max=100, help="Guidance scale.")] = 3.0,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it goes on there.")] = "outputs/bench-edits",
+    output: Output = None,
     quiet: Quiet = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Edit rendered scenes whose true result is known, with every controller: errors, words read, evaluations, seconds."""
-    from easyinv_edit.evaluation import edit_bench
+    """Edit pictures under every control and compare: rendered scenes with their true result, or a published set.
+
+    --config reads a file, such as pie_bench, and KEY=VALUE decides its keys otherwise; without it the options do. Stopped at
+    any moment it goes on where it was when the same command is given again.
+    """
+    if config is not None:
+        _carry_out(*_configured(ctx, config, overrides, "edits"), output, quiet, json_)
+        return
+    _refuse_overrides(overrides)
+    from easyinv_edit.evaluation.benchmark import from_mapping
     from easyinv_edit.evaluation.ground_truth import ALL_TASKS
+    from easyinv_edit.evaluation.variants import CONTROLS
     from easyinv_edit.inversion import INVERSIONS
 
-    place = Path(output)
-    plan = edit_bench.Plan(
-        _names(tasks, ALL_TASKS, "--tasks"),
-        _names(controls if ";" in controls or not controls else f"{controls};", edit_bench.CONTROLS, "--controls"),
-        _names(inversions, INVERSIONS, "--inversions"),
-        scenes,
-        steps,
-        guidance,
-    )
-    terminal.require_writable(place)
-    terminal.settle(quiet)
-    try:
-        table = _run_edits(plan, model, place, quiet or json_)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise
-    terminal.show(table, quiet, json_, lambda rows: markdown(rows, EDIT_COLUMNS))
+    listed = controls if ";" in controls or not controls else f"{controls};"
+    content = {
+        "kind": "edits",
+        "title": "Edits of rendered scenes against their true result",
+        "data": {"set": "tabletop_edits", "count": scenes, "tasks": list(_names(tasks, ALL_TASKS, "--tasks"))},
+        "model": model,
+        "controls": list(_names(listed, CONTROLS, "--controls")),
+        "inversions": list(_names(inversions, INVERSIONS, "--inversions")),
+        "num_inference_steps": [steps],
+        "guidance_scale": guidance,
+        "output": "outputs/bench-edits",
+    }
+    _carry_out(from_mapping(content), "", output, quiet, json_)
 
 
 @app.command("cost")
@@ -123,6 +142,7 @@ def cost(
     counts = _steps(prompts, "--prompts")
     terminal.settle(quiet)
     from easyinv_edit.evaluation import cost_bench
+    from easyinv_edit.evaluation.benchmark import FIRST_SEED
     from easyinv_edit.pipeline import EditPipeline
     from easyinv_edit.running import source_image
 
@@ -148,70 +168,74 @@ app.command("speed")(cli_speed.speed)
 SHAPES = ("ball", "cube", "cone", "cylinder")
 
 
-def _run_edits(plan: EditPlan, model: str, place: Path, silent: bool) -> list[dict[str, Any]]:
-    import torch
-
-    from easyinv_edit.errors import ModelError
-    from easyinv_edit.evaluation import edit_bench
-    from easyinv_edit.evaluation.ledger import Ledger
-    from easyinv_edit.images import save_png
-    from easyinv_edit.pipeline import EditPipeline, embedded_folder
-    from easyinv_edit.result import versions, write_text
-    from easyinv_edit.tabletop import judge as judging
-
-    home = embedded_folder() if model == "embedded" else Path(model)
-    if not (home / "judge.safetensors").exists():
-        raise ModelError(f"{model}: has no judge.safetensors, so it is no tabletop model; edits with a truth need one")
-    ledger = Ledger(place, {"model": model, **asdict(plan)}, edit_bench.KEY)
-    pipe, judge = EditPipeline.from_pretrained(model), judging.load(home / "judge.safetensors")
-    pipe.set_progress_bar_config(disable=True)
-    report = (lambda _text: None) if silent else (lambda text: typer.echo(text, err=True))
-    edit_bench.run(pipe, judge, plan, FIRST_SEED, ledger, place / "pictures", report)
-    table = edit_bench.summary(ledger.rows, plan)
-    content = {"request": asdict(plan), "versions": versions(), "threads": torch.get_num_threads()}
-    write_text(place / "summary.json", json.dumps({**content, "summary": table}, indent=2) + "\n")
-    write_text(place / "summary.csv", as_csv(table))
-    write_text(place / "summary.md", markdown(table, EDIT_COLUMNS) + "\n")
-    for task in plan.tasks:
-        for name in plan.inversions:
-            page = edit_bench.figure(plan, task, name, FIRST_SEED, pipe.backbone.native_size[0], place / "pictures")
-            save_png(page, place / f"figure-{task}-{name}.png")
-    return table
+OPTION_KEYS = {
+    "images": "data.count",
+    "scenes": "data.count",
+    "steps": "num_inference_steps",
+    "methods": "inversions",
+    "inversions": "inversions",
+    "tasks": "data.tasks",
+    "controls": "controls",
+    "folder": "data.path",
+    "guidance": "guidance_scale",
+    "model": "model",
+    "batch": "batch",
+    "dtype": "dtypes",
+    "device": "device",
+}
+"""What an option is called in a benchmark's file."""
 
 
-def _run(plan: Plan, request: dict[str, Any], place: Path, silent: bool) -> list[dict[str, Any]]:
-    import torch
+def _configured(ctx: typer.Context, name: str, overrides: Sequence[str] | None, kind: str) -> tuple[Benchmark, str]:
+    """The benchmark of a file and what config.yaml will hold. Raises InputError where options would decide it too."""
+    from easyinv_edit.errors import InputError
+    from easyinv_edit.evaluation import benchmark
 
-    from easyinv_edit.evaluation import datasets, inversion_bench
-    from easyinv_edit.evaluation.ledger import Ledger
-    from easyinv_edit.images import save_png
-    from easyinv_edit.pipeline import EditPipeline
-    from easyinv_edit.result import versions, write_text
-    from easyinv_edit.running import resolve_device
-
-    def report(text: str) -> None:
-        if not silent:
-            typer.echo(text, err=True)
-
-    items = [] if request["folder"] is None else datasets.folder(Path(request["folder"]), request["images"])
-    ledger = Ledger(place, request, inversion_bench.KEY)
-    device = resolve_device(request["device"])
-    pipe = EditPipeline.from_pretrained(request["model"], dtype=getattr(torch, request["dtype"]), device=device)
-    pipe.set_progress_bar_config(disable=True)
-    items = items or datasets.scenes(FIRST_SEED, request["images"], pipe.backbone.native_size[0])
-    inversion_bench.run(pipe, items, plan, ledger, report)
-    table = inversion_bench.summary(ledger.rows, plan)
-    content = {"request": request, "versions": versions(), "device": str(device), "threads": torch.get_num_threads()}
-    write_text(place / "summary.json", json.dumps({**content, "summary": table}, indent=2) + "\n")
-    write_text(place / "summary.csv", as_csv(table))
-    write_text(place / "summary.md", markdown(table, INVERSION_COLUMNS) + "\n")
-    if not (place / "figure.png").exists():
-        save_png(inversion_bench.figure(pipe, items[0], 0, plan, report), place / "figure.png")
-    return table
+    sources = {key: ctx.get_parameter_source(key) for key in OPTION_KEYS}
+    given = [key for key, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        instead = ", ".join(f"{OPTION_KEYS[key]}=... for --{key}" for key in given)
+        raise InputError(f"--{given[0]}: with --config the file decides; write {instead}")
+    path = terminal.config_file("benchmarks", name)
+    made, text = benchmark.read(path, overrides or ())
+    if made.kind != kind:
+        command = "inversion" if made.kind == "inversion" else "edits"
+        raise InputError(f"{path}: is of kind {made.kind}; run it by `easyinv-edit bench {command} --config {name}`")
+    changed = [f"# {override}" for override in overrides or ()]
+    return made, "\n".join(
+        [text.rstrip(), *(["", "# decided otherwise on the command line:", *changed] if changed else []), ""]
+    )
 
 
-FIRST_SEED = 24_000_000
-"""Scenes of this benchmark: held out from training and from the other evaluations."""
+def _refuse_overrides(overrides: Sequence[str] | None) -> None:
+    from easyinv_edit.errors import InputError
+
+    if overrides:
+        raise InputError(f"{overrides[0]!r}: keys are of a benchmark's file; give it with --config, or use the options")
+
+
+def _carry_out(config: Benchmark, text: str, output: str | None, quiet: bool, json_: bool) -> None:
+    """Run a benchmark and print its tables; exit code 1 where single results failed."""
+    place = Path(output or config.output or f"outputs/bench-{config.kind}")
+    terminal.require_writable(place)
+    terminal.settle(quiet)
+    from easyinv_edit.evaluation import runner, summary
+
+    report = (lambda _text: None) if quiet or json_ else (lambda told: typer.echo(told, err=True))
+    try:
+        done = runner.run(config, place, report, text)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise
+    terminal.show(done.summary, quiet, json_, lambda found: summary.markdown(found).rstrip())
+    if done.failed:
+        first = done.failed[0]
+        typer.echo(
+            f"error: {len(done.failed)} of {done.results} results failed, the first {first['item']}, {first['variant']}: "
+            f"{first['error']}; {place / 'results.jsonl'} holds them all, and the same command tries them again",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _names(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
@@ -241,37 +265,6 @@ def _steps(text: str, option: str = "--steps") -> tuple[int, ...]:
 
 Column = tuple[str, str, str]
 """(key, heading, format); an empty format prints the value as it is."""
-INVERSION_COLUMNS: tuple[Column, ...] = (
-    ("group", "pictures", ""),
-    ("pictures", "n", ""),
-    ("steps", "T", ""),
-    ("method", "method", ""),
-    ("evaluations", "evaluations", ".0f"),
-    ("seconds", "seconds", ".2f"),
-    ("relative_seconds", "x DDIM", ".2f"),
-    ("latent_error", "latent error", ".4f"),
-    ("psnr", "PSNR", ".1f"),
-    ("ssim", "SSIM", ".3f"),
-    ("latent_error_guided", "latent error, guided", ".3f"),
-    ("psnr_guided", "PSNR, guided", ".1f"),
-    ("ssim_guided", "SSIM, guided", ".3f"),
-)
-EDIT_COLUMNS: tuple[Column, ...] = (
-    ("task", "edit", ""),
-    ("inversion", "inversion", ""),
-    ("control", "control", ""),
-    ("cases", "n", ""),
-    ("psnr", "dB to the truth", ".2f"),
-    ("inside", "inside the object", ".2f"),
-    ("outside", "outside", ".2f"),
-    ("gain", "gain inside over none", "+.2f"),
-    ("spread", "spread", ".2f"),
-    ("better", "better in", ".0%"),
-    ("target", "target word", ".2f"),
-    ("kept", "kept words", ".2f"),
-    ("evaluations", "evaluations", ".0f"),
-    ("seconds", "seconds", ".2f"),
-)
 COST_COLUMNS: tuple[Column, ...] = (
     ("prompts", "prompts", ""),
     ("layout", "layout", ""),

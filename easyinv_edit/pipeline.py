@@ -271,7 +271,7 @@ class EditPipeline:
             "size": list(self._pixels(start)),
         }
         costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
-        options = {"recipe": recipe, "cost": costs, "output_type": output_type, "pinned": pin_source}
+        options: dict[str, Any] = {"recipe": recipe, "cost": costs, "output_type": output_type, "pinned": pin_source}
         with ExitStack() as stack:
             stack.callback(self.backbone.release)
             return finish(self.backbone, trajectory, texts_of(prompts), z, **options)

@@ -35,6 +35,7 @@ RECIPE_FILES = (
     "easyinv_edit/places.py",
     "easyinv_edit/models.py",
     "easyinv_edit/tabletop/training.py",
+    "easyinv_edit/evaluation/benchmark.py",
 )
 CONTROL_USERS = (
     "easyinv_edit/pipeline.py",

@@ -1,73 +1,37 @@
-"""Every controller on edits whose true result is rendered: which one does which kind of edit, and at what cost."""
+"""Every control after every inversion, on pictures with a target prompt: which one does which kind of edit, and at what cost.
+
+Where the true result is rendered, edits are compared with it, in the object and outside of it, and a classifier reads the words
+off the edited picture. Where it is unknown, what lies outside the mask is compared with the source, and CLIP and DINO tell the
+rest, as PIE-Bench does.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from attention_control import CONTROLLERS
-from easyinv_edit.evaluation.ground_truth import ALL_TASKS, Case, Task, make_cases
-from easyinv_edit.evaluation.ledger import Ledger
-from easyinv_edit.evaluation.metrics import psnr
-from easyinv_edit.figures import stack, strip
-from easyinv_edit.images import load, save_png, to_pil, to_tensor
-from easyinv_edit.inversion import for_guidance
-from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit import images
+from easyinv_edit.cost import Cost
+from easyinv_edit.errors import EasyInvError, NonFiniteError
+from easyinv_edit.evaluation.columns import Sample
+from easyinv_edit.evaluation.datasets import EditItem, Item, TabletopEdit
+from easyinv_edit.evaluation.ground_truth import Case, Task, make_cases
+from easyinv_edit.evaluation.variants import BASELINE, CONTROLS, Variant
+from easyinv_edit.evaluation.work import Work, fitted_mask, seeded, unit
+from easyinv_edit.result import EditResult
+from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import Judge, shown
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import random_scene
 from easyinv_edit.trajectory import Trajectory
 
-KEY = ("task", "case", "inversion", "control")
-"""What tells results apart."""
-BASELINE = "none"
-SHOWN = 8
-"""Cases in a figure."""
-Report = Callable[[str], None]
-
-
-def _masactrl_words(case: Case) -> dict[str, Any]:
-    words = {"source_words": case.source.shape, "target_words": case.truth.shape}
-    return {"name": "masactrl", **words, "mask_threshold": 0.25}
-
-
-def _blended(case: Case) -> dict[str, Any]:
-    words = {"blend_source": case.source.shape, "blend_target": case.truth.shape}
-    return {"name": "prompt_to_prompt", **words, "blend_threshold": 0.45}
-
-
-def _by_default(name: str) -> Callable[[Case], dict[str, Any]]:
-    return lambda _case: {"name": name}
-
-
-CONTROLS: dict[str, Callable[[Case], dict[str, Any]]] = {
-    **{name: _by_default(name) for name, c in CONTROLLERS.items() if not hasattr(c, "example") and not hasattr(c, "sources")},
-    "masactrl, union .7": lambda _case: {"name": "masactrl", "strength": 0.7},
-    "masactrl, words": _masactrl_words,
-    "prompt_to_prompt, blend": _blended,
-}
-"""What is compared, by the name in tables: every registered controller that needs no second picture, box or list, with its
-defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are above the
-papers'."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure: task, control and inversion names; cases per task; T and the guidance scale of the edits."""
-
-    tasks: tuple[str, ...]
-    controls: tuple[str, ...]
-    inversions: tuple[str, ...]
-    scenes: int
-    steps: int
-    guidance: float
+__all__ = ["BASELINE", "CONTROLS", "EditBench", "cases_of"]
 
 
 def cases_of(task: Task, first_seed: int, count: int) -> list[Case]:
@@ -75,90 +39,97 @@ def cases_of(task: Task, first_seed: int, count: int) -> list[Case]:
     return make_cases(task, [random_scene(first_seed + i) for i in range(20 * count)], count)
 
 
-def run(pipe: EditPipeline, judge: Judge, plan: Plan, first_seed: int, ledger: Ledger, folder: Path, report: Report) -> None:
-    """Measure what the ledger does not hold yet, a row per edit; the edited pictures are kept in `folder`."""
-    for name in plan.tasks:
-        cases = cases_of(ALL_TASKS[name], first_seed, plan.scenes)
-        for inversion in plan.inversions:
-            for number, case in enumerate(cases):
-                left = [c for c in plan.controls if not ledger.holds(task=name, case=number, inversion=inversion, control=c)]
-                if not left:
-                    continue
-                report(f"{name}, {inversion}: case {number + 1} of {len(cases)}")
-                trajectory = _inverted(pipe, case, inversion, plan)
-                for control in left:
-                    row = {"task": name, "case": number, "inversion": inversion, "control": control}
-                    picture = folder / f"{name}-{number}-{inversion}-{control.replace(', ', '-').replace(' ', '')}.png"
-                    ledger.add([row | _edit(pipe, judge, case, trajectory, control, plan, picture)])
+@dataclass(frozen=True)
+class EditBench:
+    """Measures one edit at a time. judge: reads words off pictures, None where no column asks for them."""
+
+    work: Work
+    judge: Judge | None
+
+    def prepare(self, part: Sequence[Item], variant: Variant) -> Trajectory:
+        """The inversion of the one picture."""
+        (item,) = part
+        assert variant.method is not None
+        prompt = item.prompt if variant.source_prompt is None else variant.source_prompt
+        generator, steps = seeded(self.work.config.seed), variant.steps or 1
+        options = {"num_inference_steps": steps, "generator": generator, **self.work.options()}
+        return self.work.pipe.invert(item.picture, prompt, variant.method, **options)
+
+    def measure(self, part: Sequence[Item], prepared: Trajectory, variant: Variant) -> list[dict[str, Any]]:
+        """Edit the picture and compare."""
+        (item,) = part
+        assert isinstance(item, EditItem)
+        config = self.work.config
+        made = self.work.pipe.edit(
+            prepared,
+            item.target_prompt,
+            control=variant.controller(item),
+            guidance_scale=config.guidance_scale,
+            negative_prompt=config.negative_prompt,
+            pin_source=variant.pinned,
+            output_type="pt",
+        )
+        if made.flagged and any(made.flagged):
+            raise EasyInvError("the model's safety checker made the picture black; load the model without it")
+        if not made.images.isfinite().all():
+            raise NonFiniteError("the decoded picture is not finite; use float32 or bfloat16")
+        sample = self._sample(item, prepared, made)
+        row = self.work.row(item, variant) | self.work.measures.row(sample)
+        return [row | ({"pictures": self._pictures(item, variant, sample)} if self.work.kept(item) else {})]
+
+    def _sample(self, item: EditItem, trajectory: Trajectory, made: EditResult) -> Sample:
+        assert made.source is not None
+        picture = unit(made.edited[0])
+        truth, inside = self._truth(item)
+        facts = _facts(trajectory.cost, made.cost["edit"]) | self._read(item, picture)
+        return Sample(
+            picture=picture,
+            source=unit(made.source),
+            mask=fitted_mask(item, self.work.size, self.work.config.fit),
+            truth=truth,
+            inside=inside,
+            prompt=item.target_prompt,
+            source_prompt=item.prompt,
+            facts=facts,
+            form=self.work.config.mask_form,
+            metrics=self.work.measures.metrics,
+        )
+
+    def _truth(self, item: EditItem) -> tuple[Tensor | None, Tensor | None]:
+        """The true result and where its object is; rendered, so not rounded to 8 bits."""
+        if isinstance(item, TabletopEdit):
+            return render([item.case.truth], self.work.size[0])
+        truth = item.truth
+        return None if truth is None else unit(images.fit(truth, self.work.size, self.work.config.fit)[0]), None
+
+    def _read(self, item: EditItem, picture: Tensor) -> dict[str, float]:
+        """Whether the judge sees the requested word, NaN where there is none, and in which share of the others the source's."""
+        if self.judge is None or not isinstance(item, TabletopEdit):
+            return {}
+        task, words, wanted = item.case.task, self.judge.read(picture)[0], shown(item.case.truth)
+        kept = [words[field] == wanted[field] for field in task.kept if field in wanted]
+        target = float(words[task.field] == wanted[task.field]) if task.sayable else math.nan
+        return {"target": target, "kept": statistics.fmean(kept)}
+
+    def _pictures(self, item: EditItem, variant: Variant, sample: Sample) -> dict[str, str]:
+        shown = {"source": ("source", sample.source), "result": (self.work.names[variant.label], sample.picture)}
+        shown |= {} if sample.truth is None else {"truth": ("truth", sample.truth)}
+        shown |= {} if sample.mask is None else {"mask": ("mask", sample.mask.expand_as(sample.source))}
+        return {key: self.work.keep(item, what, images.to_pil(tensor * 2 - 1)[0]) for key, (what, tensor) in shown.items()}
 
 
-def _inverted(pipe: EditPipeline, case: Case, inversion: str, plan: Plan) -> Trajectory:
-    picture = render([case.source], pipe.backbone.native_size[0])[0]
-    seeded = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"num_inference_steps": plan.steps, "generator": seeded}
-    return pipe.invert(to_pil(picture * 2 - 1)[0], case.source_prompt, for_guidance(inversion, plan.guidance), **options)
-
-
-def _edit(
-    pipe: EditPipeline, judge: Judge, case: Case, trajectory: Trajectory, control: str, plan: Plan, path: Path
-) -> dict[str, Any]:
-    """Edit one case, keep the picture, and compare it with the truth."""
-    made = pipe.edit(trajectory, case.prompt, control=CONTROLS[control](case), guidance_scale=plan.guidance)
-    save_png(made.images[0], path)
-    picture = to_tensor(load(path)) / 2 + 0.5
-    truth, mask = render([case.truth], pipe.backbone.native_size[0])
-    words, wanted = judge.read(picture)[0], shown(case.truth)
-    kept = [words[field] == wanted[field] for field in case.task.kept if field in wanted]
+def _facts(inversion: Cost, edit: Cost) -> dict[str, float]:
     return {
-        "psnr": psnr(picture, truth),
-        "inside": psnr(picture, truth, mask),
-        "outside": psnr(picture, truth, 1 - mask.float()),
-        "target": float(words[case.task.field] == wanted[case.task.field]),
-        "kept": statistics.fmean(kept),
-        "evaluations": made.cost["edit"].evaluations,
-        "seconds": made.cost["edit"].seconds,
+        "evaluations": edit.evaluations,
+        "seconds": edit.seconds,
+        "inversion evaluations": inversion.evaluations,
+        "inversion seconds": inversion.seconds,
     }
 
 
-MEASURES = ("psnr", "inside", "outside", "target", "kept", "evaluations", "seconds")
-
-
-def summary(rows: Sequence[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
-    """Means per task, inversion and control; gain and spread: of the dB inside the object over `BASELINE` on the same case;
-    better: share of cases in which it is above it."""
-    table = []
-    for task in plan.tasks:
-        for inversion in plan.inversions:
-            own = [row for row in rows if (row["task"], row["inversion"]) == (task, inversion)]
-            plain = {row["case"]: row["inside"] for row in own if row["control"] == BASELINE}
-            for control in plan.controls:
-                mine = [row for row in own if row["control"] == control]
-                means = {key: statistics.fmean(row[key] for row in mine) if mine else None for key in MEASURES}
-                gains = [row["inside"] - plain[row["case"]] for row in mine if row["case"] in plain]
-                line: dict[str, Any] = {"task": task, "inversion": inversion, "control": control, "cases": len(mine), **means}
-                table.append(line | _gain(gains))
-    return table
-
-
-def _gain(gains: Sequence[float]) -> dict[str, float | None]:
-    if not gains:
-        return {"gain": None, "spread": None, "better": None}
-    spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-    return {"gain": statistics.fmean(gains), "spread": spread, "better": statistics.fmean(g > 0 for g in gains)}
-
-
-def figure(plan: Plan, task: str, inversion: str, first_seed: int, size: int, folder: Path) -> Image.Image:
-    """A column per case, at most SHOWN: source, truth and every control, from the pictures that were kept."""
-    cases = cases_of(ALL_TASKS[task], first_seed, plan.scenes)[:SHOWN]
-    rows = [strip(_pictures(render([c.source for c in cases], size)[0]), ["source", *[""] * (len(cases) - 1)])]
-    rows.append(strip(_pictures(render([c.truth for c in cases], size)[0]), ["truth", *[""] * (len(cases) - 1)]))
-    for control in plan.controls:
-        name = control.replace(", ", "-").replace(" ", "")
-        made = [load(folder / f"{task}-{number}-{inversion}-{name}.png") for number in range(len(cases))]
-        rows.append(strip(made, [control, *[""] * (len(cases) - 1)]))
-    page = stack(rows)
-    return page.resize((page.width // 2, page.height // 2), Image.Resampling.BOX)
-
-
-def _pictures(pictures: Tensor) -> list[Image.Image]:
-    return to_pil(pictures * 2 - 1)
+def accuracy(judge: Judge, items: Sequence[Item], size: int) -> str:
+    """What the judge reads off the true results themselves, in words for the notes of a table."""
+    scenes = [item.case.truth for item in items if isinstance(item, TabletopEdit)]
+    pictures = torch.cat([render(scenes[i : i + 64], size)[0] for i in range(0, len(scenes), 64)])
+    right = ", ".join(f"{field} {share:.2f}" for field, share in judging.accuracy(judge, pictures, scenes).items())
+    return f"target and kept are read by a classifier; off the true results themselves it reads rightly: {right}"

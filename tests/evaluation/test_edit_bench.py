@@ -1,136 +1,199 @@
-"""The benchmarks of edits and of their cost: what they measure, that they resume, and what they print."""
+"""The benchmarks of edits and of their cost: what their rows say, checked by hand, and their commands."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from easyinv_edit.cli_bench import COST_COLUMNS, EDIT_COLUMNS, markdown
+from easyinv_edit.cli_bench import COST_COLUMNS, markdown
 from easyinv_edit.evaluation import cost_bench
 from easyinv_edit.evaluation import edit_bench as bench
+from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping
+from easyinv_edit.evaluation.datasets import TabletopEdit, tabletop_edits
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS
-from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.evaluation.runner import run
+from easyinv_edit.evaluation.variants import filled
 from easyinv_edit.images import load, to_tensor
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop import judge as judging
+from easyinv_edit.tabletop.judge import shown
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import random_scene
+from tests import models
 from tests.helpers import Command
 
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
-PLAN = bench.Plan(("shape", "background"), ("none", "masactrl"), ("ddim",), 2, 4, 3.0)
-SEED = 100
+SEED, TASKS, CONTROLS, SIZE = 100, ("shape", "background"), ("none", "masactrl"), 32
 
 
 def quiet(_text: str) -> None:
     pass
 
 
-def ledger(place: Path) -> Ledger:
-    return Ledger(place, {"plan": "test"}, bench.KEY)
+def config(model: Path, **changes: Any) -> Benchmark:
+    return from_mapping(
+        {
+            "kind": "edits",
+            "title": "test",
+            "data": {"set": "tabletop_edits", "count": 2, "first_seed": SEED, "tasks": list(TASKS)},
+            "model": str(model),
+            "device": "cpu",
+            "inversions": ["ddim"],
+            "controls": list(CONTROLS),
+            "num_inference_steps": 4,
+            "guidance_scale": 3.0,
+            **changes,
+        }
+    )
+
+
+def rows_of(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def judge() -> judging.Judge:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion's structure at 32 pixels, with an untrained judge beside it."""
+    made = tmp_path_factory.mktemp("tabletop") / "model"
+    models.sd().save_pretrained(made)
     torch.manual_seed(0)
-    return judging.Judge().eval()
+    judging.save(judging.Judge(), made / "judge.safetensors")
+    return made
 
 
 @pytest.fixture(scope="module")
-def pipe(untrained_folder: Path) -> EditPipeline:
-    made = EditPipeline.from_pretrained(untrained_folder, local_files_only=True)
+def pipe(model: Path) -> EditPipeline:
+    made = EditPipeline.from_pretrained(model, local_files_only=True)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.fixture(scope="module")
-def finished(pipe: EditPipeline, judge: judging.Judge, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    place = tmp_path_factory.mktemp("edits")
-    made = ledger(place)
-    bench.run(pipe, judge, PLAN, SEED, made, place / "pictures", quiet)
+def place(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("edits")
+    run(config(model, metrics=[*bench_metrics(), "background PSNR", "inversion evaluations"]), made, quiet)
     return made
 
 
-def test_every_control_edits_every_case_after_every_inversion(finished: Ledger) -> None:
-    keys = [tuple(row[name] for name in bench.KEY) for row in finished.rows]
-    expected = {(t, n, i, c) for t in PLAN.tasks for n in range(2) for i in PLAN.inversions for c in PLAN.controls}
-    assert set(keys) == expected
-    assert len(keys) == len(expected)
+def bench_metrics() -> list[str]:
+    return ["truth PSNR", "inside", "outside", "gain", "spread", "better", "target", "kept", "evaluations", "seconds"]
 
 
-def test_a_row_says_what_the_kept_picture_shows(finished: Ledger) -> None:
-    case = bench.cases_of(ALL_TASKS["shape"], SEED, 2)[1]
-    truth, mask = render([case.truth], 64)
-    picture = to_tensor(load(finished.file.parent / "pictures" / "shape-1-ddim-masactrl.png")) / 2 + 0.5
-    row = next(r for r in finished.rows if tuple(r[k] for k in bench.KEY) == ("shape", 1, "ddim", "masactrl"))
-    assert row["psnr"] == pytest.approx(psnr(picture, truth))
-    assert row["inside"] == pytest.approx(psnr(picture, truth, mask))
-    outside = mask[0, 0] < 0.5
+@pytest.fixture
+def rows(place: Path) -> list[dict[str, Any]]:
+    return rows_of(place)
+
+
+def items() -> list[TabletopEdit]:
+    return [item for task in TASKS for item in tabletop_edits(ALL_TASKS[task], SEED, 2, SIZE)]
+
+
+def row_of(rows: list[dict[str, Any]], variant: str, item: str) -> dict[str, Any]:
+    (found,) = (row for row in rows if (row["variant"], row["item"]) == (variant, item))
+    return found
+
+
+def test_every_control_edits_every_item_after_every_inversion(rows: list[dict[str, Any]]) -> None:
+    expected = sorted((item.name, item.group, f"ddim + {control}") for item in items() for control in CONTROLS)
+    assert sorted((row["item"], row["group"], row["variant"]) for row in rows) == expected
+
+
+def test_a_row_says_what_an_edit_by_hand_says(rows: list[dict[str, Any]], place: Path, model: Path, pipe: EditPipeline) -> None:
+    item = items()[1]
+    row = row_of(rows, "ddim + masactrl", item.name)
+    trajectory = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=4)
+    made = pipe.edit(trajectory, item.target_prompt, control="masactrl", guidance_scale=3.0)
+    picture = to_tensor(load(place / row["pictures"]["result"])) / 2 + 0.5
+    assert torch.equal(picture, to_tensor(made.edited[0]) / 2 + 0.5)
+    truth, inside = render([item.case.truth], SIZE)
+    assert row["truth PSNR"] == pytest.approx(psnr(picture, truth))
+    assert row["inside"] == pytest.approx(psnr(picture, truth, inside))
+    outside = inside[0, 0] < 0.5
     error = (picture - truth).square().mean(1)[0].double()
     assert row["outside"] == pytest.approx(-10 * torch.log10(error[outside].mean()).item(), abs=1e-3)
+    words, wanted = judging.load(model / "judge.safetensors").read(picture)[0], shown(item.case.truth)
+    assert row["target"] == float(words["shape"] == wanted["shape"])
+    assert (row["prompt"], row["source_prompt"], row["control"]) == (item.target_prompt, item.prompt, "masactrl")
     assert row["evaluations"] == 4 * 2 + 3 * 2, "two rows a step, and both halves of the source's from step 1 on"
+    assert row["inversion evaluations"] == 4
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_numbers(
-    pipe: EditPipeline, judge: judging.Judge, tmp_path: Path, finished: Ledger
-) -> None:
-    told: list[str] = []
-
-    def stop(text: str) -> None:
-        told.append(text)
-        if len(told) == 4:
-            raise KeyboardInterrupt
-
-    place = tmp_path / "again"
-    with pytest.raises(KeyboardInterrupt):
-        bench.run(pipe, judge, PLAN, SEED, ledger(place), place / "pictures", stop)
-    half = ledger(place)
-    assert 0 < len(half.rows) < len(finished.rows)
-    bench.run(pipe, judge, PLAN, SEED, half, place / "pictures", quiet)
-    plain = [[{k: v for k, v in row.items() if k != "seconds"} for row in made.rows] for made in (half, finished)]
-    assert plain[0] == plain[1]
+def test_the_background_is_what_lies_outside_the_mask(rows: list[dict[str, Any]], place: Path) -> None:
+    for item in items()[:2]:
+        row = row_of(rows, "ddim + none", item.name)
+        source, result, mask = (to_tensor(load(place / row["pictures"][key])) / 2 + 0.5 for key in ("source", "result", "mask"))
+        assert torch.equal(mask[:, :1] > 0.5, item.mask[None, None] > 0.5)  # type: ignore[index]
+        outside = (mask < 0.5).expand_as(source)
+        error = (source - result).double().square()[outside].mean().item()
+        assert row["background PSNR"] == pytest.approx(-10 * torch.log10(torch.tensor(error)).item(), abs=1e-3)
 
 
-def test_the_summary_compares_with_plain_sampling_case_by_case(finished: Ledger) -> None:
-    table = bench.summary(finished.rows, PLAN)
-    assert len(table) == 4
-    line = next(r for r in table if (r["task"], r["inversion"], r["control"]) == ("shape", "ddim", "masactrl"))
-    own, plain = (
-        [r["inside"] for r in finished.rows if (r["task"], r["inversion"], r["control"]) == ("shape", "ddim", c)]
-        for c in ("masactrl", "none")
-    )
-    gains = [a - b for a, b in zip(own, plain, strict=True)]
+def test_a_full_mask_has_no_background(rows: list[dict[str, Any]]) -> None:
+    """Changing the background puts every pixel that differs into the mask; the object is what is left."""
+    for item in items()[2:]:
+        value = row_of(rows, "ddim + none", item.name)["background PSNR"]
+        assert (value is None) == bool((item.mask > 0.5).all())  # type: ignore[operator]
+
+
+def test_the_summary_compares_with_plain_sampling_item_by_item(place: Path, rows: list[dict[str, Any]]) -> None:
+    content = json.loads((place / "summary.json").read_text())
+    assert [table["group"] for table in content["tables"]] == ["", *TASKS]
+    table = content["tables"][1]
+    plain, line = table["rows"]
+    own, base = ([r["inside"] for r in rows if (r["group"], r["control"]) == ("shape", c)] for c in ("masactrl", "none"))
+    gains = [a - b for a, b in zip(own, base, strict=True)]
     assert line["gain"] == pytest.approx(sum(gains) / 2)
+    assert line["spread"] == pytest.approx(abs(gains[0] - gains[1]) / 2**0.5)
     assert line["better"] == sum(g > 0 for g in gains) / 2
-    assert len(markdown(table, EDIT_COLUMNS).splitlines()) == 6
+    assert (plain["gain"], plain["spread"], plain["better"]) == (0, 0, 0)
+    whole = content["tables"][0]["rows"][1]
+    assert whole["n"] == 4
+    assert whole["inside"] == pytest.approx(sum(r["inside"] for r in rows if r["control"] == "masactrl") / 4)
+    assert any("are read by a classifier" in note for note in content["notes"])
 
 
-def test_a_figure_has_rows_for_source_truth_and_controls(finished: Ledger) -> None:
-    one = bench.figure(PLAN, "shape", "ddim", SEED, 64, finished.file.parent / "pictures")
-    less = bench.Plan(("shape",), ("none",), ("ddim",), 2, 4, 3.0)
-    two = bench.figure(less, "shape", "ddim", SEED, 64, finished.file.parent / "pictures")
-    assert one.width == two.width
-    assert one.height * 3 == pytest.approx(two.height * 4, abs=6)
+def test_a_pinned_line_differs_from_one_that_is_not(model: Path, tmp_path: Path) -> None:
+    given = {"inversions": ["ddim", {"name": "ddim", "label": "direct", "pin_source": True}], "pin_source": False}
+    data = {"set": "tabletop_edits", "count": 1, "first_seed": SEED, "tasks": ["shape"]}
+    done = run(config(model, controls=["masactrl"], data=data, **given), tmp_path, quiet)
+    free, pinned = rows_of(tmp_path)
+    assert [free["variant"], pinned["variant"]] == ["ddim + masactrl", "direct + masactrl"]
+    assert (free["pin_source"], pinned["pin_source"]) == (False, True)
+    assert free["truth PSNR"] != pinned["truth PSNR"]
+    assert done.failed == []
+
+
+def test_edits_of_a_folder_have_neither_truth_nor_mask(model: Path, tmp_path: Path, picture: Image.Image) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    picture.save(home / "a.png")
+    (home / "captions.csv").write_text("file,prompt,target_prompt\na.png,a red cube,a red ball\n")
+    metrics = ["PSNR", "truth PSNR", "background SSIM"]
+    run(
+        config(model, data={"set": "folder", "path": str(home)}, metrics=metrics, controls=["masactrl, words"]), tmp_path, quiet
+    )
+    (row,) = rows_of(tmp_path)
+    assert row["PSNR"] > 0
+    assert (row["truth PSNR"], row["background SSIM"]) == (None, None)
+    assert set(row["pictures"]) == {"source", "result"}
 
 
 @pytest.mark.parametrize("name", bench.CONTROLS)
-def test_every_control_can_be_built_for_every_case(name: str, pipe: EditPipeline) -> None:
+def test_every_control_can_be_built_for_every_item(name: str, pipe: EditPipeline) -> None:
     for task in ALL_TASKS.values():
-        case = bench.cases_of(task, SEED, 1)[0]
-        made = pipe.invert(random_picture(case), case.source_prompt, "ddim", num_inference_steps=4)
-        result = pipe.edit(made, case.prompt, control=bench.CONTROLS[name](case), guidance_scale=3.0, output_type="latent")
+        (item,) = tabletop_edits(task, SEED, 1, SIZE)
+        made = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=2)
+        control = filled(bench.CONTROLS[name], item.words)
+        result = pipe.edit(made, item.target_prompt, control=control, guidance_scale=3.0, output_type="latent")
         assert isinstance(result.images, torch.Tensor)
         assert result.images.shape == made.clean.shape
         assert result.images.isfinite().all()
-
-
-def random_picture(case: bench.Case) -> torch.Tensor:
-    return render([case.source], 64)[0][0]
 
 
 def test_background_edits_change_the_background_alone() -> None:
@@ -140,20 +203,21 @@ def test_background_edits_change_the_background_alone() -> None:
     assert [(a, b) for a, b in words if a != b] == [(case.source.background, case.truth.background)]
 
 
-def test_the_command_writes_table_numbers_and_figures(command: Command, untrained_folder: Path, tmp_path: Path) -> None:
-    model, place = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(untrained_folder, model)
-    judging.save(judging.Judge(), model / "judge.safetensors")
-    arguments = ["bench", "edits", "--model", str(model), "--scenes", "1", "--steps", "4", "--tasks", "shape"]
+# --- the commands -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_tables_numbers_and_pictures(command: Command, model: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    arguments = ["bench", "edits", "--model", str(model), "--scenes", "1", "--steps", "4", "--tasks", "shape,size"]
     arguments += ["--controls", "none;masactrl, union .7", "-o", str(place)]
     code, out, err = command(*arguments)
     assert code == 0, err
-    assert "| shape | easyinv | masactrl, union .7 | 1 |" in out
-    names = {path.name for path in place.iterdir()}
-    assert names >= {"figure-shape-easyinv.png", "results.jsonl", "run.json", "summary.csv", "summary.json", "summary.md"}
+    assert "| easyinv + masactrl, union .7 | 1 |" in out
+    assert "## shape" in out
+    assert {path.name for path in place.iterdir()} >= {"pictures", "results.jsonl", "run.json", "summary.csv", "summary.md"}
     code, again, _ = command(*arguments, "--json")
     assert code == 0
-    assert json.loads(again) == json.loads((place / "summary.json").read_text())["summary"]
+    assert json.loads(again) == json.loads((place / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -162,7 +226,21 @@ def test_the_command_writes_table_numbers_and_figures(command: Command, untraine
         (["--controls", "masactl"], "--controls: 'masactl' is unknown - did you mean 'masactrl'?"),
         (["--tasks", "shap"], "--tasks: 'shap' is unknown - did you mean 'shape'?; choose from shape, size"),
         (["--inversions", "easyinf"], "--inversions: 'easyinf' is unknown - did you mean 'easyinv'?"),
-        (["--model", "nowhere"], "nowhere: has no judge.safetensors, so it is no tabletop model"),
+        (["--model", "nowhere/model"], "nowhere/model"),
+        (["--config", "pie_bench", "data.path=nowhere"], "nowhere/mapping_file.json: there is no such file"),
+        (
+            ["--config", "tabletop_edits", "controls=[masactl]"],
+            "command line: 'controls=[masactl]': controls.0: 'masactl' is unknown",
+        ),
+        (
+            ["--config", "tabletop_edits", "metrics=[MS-SSIM]"],
+            "MS-SSIM: sees sides of at least 176 pixels, the pictures have 64 x 64",
+        ),
+        (
+            ["--config", "pie_bench", "--tasks", "shape"],
+            "--tasks: with --config the file decides; write data.tasks=... for --tasks",
+        ),
+        (["--config", "paper_table2", "data.path=x"], "is of kind inversion; run it by `easyinv-edit bench inversion"),
     ],
 )
 def test_the_command_refuses_in_one_line(command: Command, tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -174,10 +252,10 @@ def test_the_command_refuses_in_one_line(command: Command, tmp_path: Path, argum
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
-def test_the_cost_table_counts_what_each_layout_needs(pipe: EditPipeline, prompts: int) -> None:
+def test_the_cost_table_counts_what_each_layout_needs(untrained: EditPipeline, prompts: int) -> None:
     """T = 4: MasaCtrl acts from step 1 on, so the source is read at three steps."""
     image, texts = render([random_scene(3)], 64)[0][0], ["a ball", "a cone"][:prompts]
-    table = cost_bench.measure(pipe, image, texts, steps=4, guidance=3.0, report=quiet)
+    table = cost_bench.measure(untrained, image, texts, steps=4, guidance=3.0, report=quiet)
     counts = {row["layout"]: row["evaluations"] for row in table}
     needed, exact, kept = cost_bench.LAYOUTS
     assert counts == {
@@ -190,7 +268,7 @@ def test_the_cost_table_counts_what_each_layout_needs(pipe: EditPipeline, prompt
     assert len(markdown(table, COST_COLUMNS).splitlines()) == 6
 
 
-def test_control_needs_no_more_than_a_twentieth_more_memory(pipe: EditPipeline) -> None:
-    memory = cost_bench.step_memory(pipe, 16)
+def test_control_needs_no_more_than_a_twentieth_more_memory(untrained: EditPipeline) -> None:
+    memory = cost_bench.step_memory(untrained, 16)
     assert memory["plain"] > 100_000
     assert memory["controlled"] <= 1.05 * memory["plain"]

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2lab
 from torch import Tensor
 
-from easyinv_edit.evaluation.ground_truth import METHODS, TASKS, Outcome, Task, make_case, make_cases, run_task
+from easyinv_edit.evaluation.ground_truth import (
+    ALL_TASKS,
+    APART,
+    METHODS,
+    MOVE,
+    TASKS,
+    UNSAYABLE,
+    Case,
+    Outcome,
+    Task,
+    make_case,
+    make_cases,
+    run_task,
+)
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit.tabletop.captions import vocabulary
 from easyinv_edit.tabletop.judge import Judge
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import WORDS, Scene, random_scene, replace
+from easyinv_edit.tabletop.scene import (
+    COLOURS,
+    LOOKALIKES,
+    POSES,
+    SHAPES,
+    WORDS,
+    Scene,
+    random_scene,
+    replace,
+    second_colours,
+)
 
 SCENES = [random_scene(seed) for seed in range(200)]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+SAYABLE = [*ALL_TASKS.values(), APART]
+
+
+@pytest.mark.parametrize("task", SAYABLE, ids=lambda task: task.name)
 def test_a_case_changes_one_attribute_and_one_word(task: Task) -> None:
     cases = make_cases(task, SCENES, 50)
     assert len(cases) == 50
@@ -31,7 +64,7 @@ def test_a_case_changes_one_attribute_and_one_word(task: Task) -> None:
         assert [(x, y) for x, y in words if x != y] == [(a[task.field], b[task.field])]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [*SAYABLE, *UNSAYABLE.values()], ids=lambda task: task.name)
 def test_plain_objects_have_nothing_to_carry_over(task: Task) -> None:
     assert make_case(task, replace(SCENES[0], texture="plain")) is None
 
@@ -43,6 +76,94 @@ def test_round_things_are_not_turned(shape: str) -> None:
     assert make_case(turn, scene) is None
     assert make_case(turn, replace(scene, shape="cube")) is not None
 
+
+# --- texture ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_texture_prompt_leaves_colours_size_and_pose_to_the_source() -> None:
+    for case in make_cases(ALL_TASKS["texture"], SCENES, 50):
+        for scene, prompt in ((case.source, case.source_prompt), (case.truth, case.prompt)):
+            assert prompt == f"a {scene.texture} {scene.shape} on a {scene.background} background"
+
+
+def test_every_pattern_becomes_another_one_and_none_plain() -> None:
+    pairs = {(case.source.texture, case.truth.texture) for case in make_cases(ALL_TASKS["texture"], SCENES, 50)}
+    assert len(pairs) == 3
+    assert {old for old, _ in pairs} == {new for _, new in pairs} == {"striped", "dotted", "checked"}
+
+
+# --- colour -------------------------------------------------------------------------------------------------------------
+
+
+def alike(cases: Sequence[Case]) -> float:
+    return sum({case.source.colour, case.truth.colour} in LOOKALIKES for case in cases) / len(cases)
+
+
+def test_the_published_colour_edits_stay_a_fifth_look_alikes_and_the_others_are_none() -> None:
+    scenes = [random_scene(24_000_000 + seed) for seed in range(500)]
+    assert 0.15 < alike(make_cases(ALL_TASKS["colour"], scenes, 400)) < 0.25
+    assert alike(make_cases(APART, scenes, 400)) == 0
+
+
+def test_a_colour_apart_is_far_from_the_old_one_and_beside_any_second_colour() -> None:
+    """The distance is CIE 1976's; look-alikes that are not used reach from 28 up."""
+    lab = {name: rgb2lab(np.array(rgb)[None, None])[0, 0] for name, rgb in COLOURS.items()}
+    chosen: Counter[str] = Counter()
+    for colour in COLOURS:
+        for second in second_colours(colour):
+            case = make_case(APART, Scene(texture="dotted", colour=colour, second=second))
+            assert case is not None
+            new = case.truth.colour
+            assert np.linalg.norm(lab[colour] - lab[new]) > 55, (colour, second, new)
+            assert case.truth.second == second
+            assert second in second_colours(new)
+            chosen[new] += 1
+    assert set(chosen) == set(COLOURS)
+    assert max(chosen.values()) <= 3 * min(chosen.values())
+
+
+# --- move ---------------------------------------------------------------------------------------------------------------
+
+MOVED = make_cases(UNSAYABLE["move"], SCENES, 6)
+
+
+def test_captions_have_no_word_for_a_move_and_no_default_asks_for_one() -> None:
+    assert all(case.source_prompt == case.prompt for case in make_cases(UNSAYABLE["move"], SCENES, 50))
+    assert not {"left", "right", "middle", "centre"} & set(vocabulary())
+    assert not set(UNSAYABLE) & {*ALL_TASKS, *(task.name for task in TASKS)}
+    assert [task.sayable for task in (*SAYABLE, *UNSAYABLE.values())] == [True] * len(SAYABLE) + [False]
+
+
+def test_a_move_shifts_the_whole_picture_by_an_eighth_of_it_across_the_middle() -> None:
+    shift = round(MOVE * 32)
+    assert shift == 8
+    assert {case.source.offset <= 0 for case in MOVED} == {True, False}
+    before, after = (render(scenes, 64)[0] for scenes in ([c.source for c in MOVED], [c.truth for c in MOVED]))
+    for case, old, new in zip(MOVED, before, after, strict=True):
+        assert replace(case.truth, offset=case.source.offset) == case.source
+        assert abs(case.truth.offset - case.source.offset) == pytest.approx(MOVE)
+        assert case.source.offset * (case.truth.offset - case.source.offset) <= 0
+        if case.truth.offset < case.source.offset:
+            old, new = new, old
+        assert torch.quantile((new[..., shift:] - old[..., :-shift]).abs(), 0.995) < 1e-3
+        assert (new - old).abs().max() > 0.1
+
+
+def test_the_border_cuts_off_a_fiftieth_of_a_moved_object_at_most() -> None:
+    words = itertools.product(SHAPES, POSES, (-0.6, 0.2), (0.0, 0.06))
+    sources = [
+        Scene(shape=shape, texture="dotted", size="large", pose=pose, yaw=yaw, offset=offset)
+        for shape, pose, yaw, offset in words
+    ]
+    truths = [case.truth for scene in sources if (case := make_case(UNSAYABLE["move"], scene)) is not None]
+    before, after = (render(scenes, 64)[1] for scenes in (sources, truths))
+    left = after.sum((1, 2, 3)) / before.sum((1, 2, 3))
+    assert len(left) == len(sources)
+    assert 0.98 < left.min() < 1
+    assert left.median() == pytest.approx(1, abs=1e-3)
+
+
+# --- the methods --------------------------------------------------------------------------------------------------------
 
 CASES = make_cases(TASKS[0], SCENES, 2)
 
@@ -100,3 +221,9 @@ def test_the_bounds_are_those_of_the_pictures_alone(untrained: EditPipeline) -> 
     inside = [psnr(a, b, m) for a, b, m in zip(sources[0], *truths, strict=True)]
     assert outcomes["source unedited"].psnr == pytest.approx(sum(whole) / 2)
     assert outcomes["source unedited"].object_psnr == pytest.approx(sum(inside) / 2)
+
+
+def test_no_word_can_be_read_of_a_move_but_everything_else_is_scored(untrained: EditPipeline) -> None:
+    reader: Any = _Reader([case.truth for case in MOVED[:2]])
+    outcomes, _ = run_task(untrained, reader, MOVED[:2], inversion="ddim", num_inference_steps=2)
+    assert all(math.isnan(o.target) and o.kept == 1 and math.isfinite(o.object_psnr) for o in outcomes)

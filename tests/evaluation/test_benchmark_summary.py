@@ -1,0 +1,275 @@
+"""Columns read off samples, the tables made of results, and published numbers beside them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from easyinv_edit.evaluation import columns, metrics, summary, weights
+from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping
+from easyinv_edit.evaluation.columns import COLUMNS, Measures, Sample, loaded, plain_name
+from easyinv_edit.evaluation.variants import CEILING, variants
+from easyinv_edit.evaluation.weights import Weights
+
+CPU = torch.device("cpu")
+
+
+class Fake:
+    """A perceptual metric with a closed form: the mean difference, or the mean of the picture, times the prompt's length."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, a: Tensor, b: Tensor | Sequence[str], mask: Tensor | None = None) -> Tensor:
+        inside = torch.ones_like(a) if mask is None else mask.expand_as(a)
+        value = (a - b).abs() * inside if isinstance(b, Tensor) else a * inside * len(b[0])
+        return value.mean()[None]
+
+
+@pytest.fixture
+def nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every metric with weights, in a closed form; the corrected structure has none."""
+    made: dict[str, Any] = {
+        "LPIPS (squeeze)": lambda *_: Fake("LPIPS (squeeze)"),
+        "CLIP": lambda *_: Fake("CLIP (ViT-L/14)"),
+        "DINO structure (0-255)": lambda *_: Fake("DINO structure (ViT-B/8, 0-255)"),
+        "DINO structure": lambda *_: "no weights: dino",
+    }
+    monkeypatch.setattr(weights, "METRICS", made)
+
+
+def sample(**changes: Any) -> Sample:
+    """A picture against its source, the left half to be edited."""
+    generator = torch.Generator().manual_seed(0)
+    picture, source, truth = torch.rand(3, 1, 3, 16, 16, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    given = {"picture": picture, "source": source, "truth": truth, "mask": mask, "inside": mask, "prompt": "abc"}
+    return Sample(**{**given, "source_prompt": "ab", **changes})
+
+
+def read(name: str, given: Sample) -> float | None:
+    reader = COLUMNS[name].read
+    assert reader is not None
+    return reader(given)
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_picture_is_compared_with_its_source() -> None:
+    s = sample()
+    assert read("PSNR", s) == metrics.psnr(s.picture, s.source)
+    assert read("truth SSIM", s) == metrics.ssim(s.picture, s.truth)  # type: ignore[arg-type]
+    assert read("truth SSIM", sample(truth=None)) is None
+
+
+@pytest.mark.parametrize("form", ["compat", "masked_mean"])
+def test_the_background_is_what_the_mask_leaves(form: Any) -> None:
+    s = sample(form=form)
+    error = (s.picture - s.source).square()[..., 8:]
+    expected = error.mean().item() / (2 if form == "compat" else 1)
+    assert read("background MSE", s) == pytest.approx(expected)
+    assert read("background PSNR", s) == pytest.approx(-10 * math.log10(expected))
+    assert read("background PSNR", sample(mask=None)) is None
+
+
+def test_inside_and_outside_are_of_the_true_object_alone() -> None:
+    s = sample(form="compat")
+    error = (s.picture - s.truth).square()  # type: ignore[operator]
+    assert read("inside", s) == pytest.approx(-10 * math.log10(error[..., :8].mean()))
+    assert read("outside", s) == pytest.approx(-10 * math.log10(error[..., 8:].mean()))
+    assert read("inside", sample(inside=None)) is None
+
+
+def test_guided_columns_look_at_the_guided_sample() -> None:
+    other = sample(picture=sample().source / 2)
+    assert read("MSE, guided", sample(guided=other)) == read("MSE", other)
+    assert read("MSE, guided", sample()) is None
+
+
+@pytest.mark.usefixtures("nets")
+def test_columns_of_networks_say_which_net_they_are_of() -> None:
+    names = ["background LPIPS (squeeze)", "structure", "CLIP whole", "CLIP edited", "CLIP source", "PSNR"]
+    made = loaded(names, Weights(), CPU)
+    s = sample(metrics=made.metrics)
+    row = made.row(s)
+    difference = (s.picture - s.source).abs()
+    assert row == pytest.approx(
+        {
+            "background LPIPS (squeeze)": (difference[..., 8:].mean() / 2).item(),
+            "structure (ViT-B/8, 0-255)": difference.mean().item(),
+            "CLIP whole (ViT-L/14)": 3 * s.picture.mean().item(),
+            "CLIP edited (ViT-L/14)": 1.5 * s.picture[..., :8].mean().item(),
+            "CLIP source (ViT-L/14)": 2 * s.source.mean().item(),
+            "PSNR": metrics.psnr(s.picture, s.source),
+        }
+    )
+    assert [plain_name(title) for title in row] == names
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_column_without_weights_is_empty_and_says_why() -> None:
+    made = loaded(["structure, corrected", "PSNR"], Weights(), CPU, ["structure, corrected (ViT-S/8)", "PSNR"])
+    assert made.missing == {"structure, corrected": "no weights: dino"}
+    assert made.titles == {"structure, corrected": "structure, corrected (ViT-S/8)", "PSNR": "PSNR"}
+    assert list(made.row(sample())) == ["PSNR"]
+
+
+def test_what_is_not_finite_is_not_a_number() -> None:
+    full = torch.ones(1, 1, 16, 16)
+    made = loaded(["PSNR", "background PSNR", "target"], Weights(), CPU)
+    s = sample(mask=full)
+    assert made.row(Sample(picture=s.source, source=s.source, mask=full)) == {
+        "PSNR": None, "background PSNR": None, "target": None,
+    }  # fmt: skip
+
+
+def test_every_column_belongs_to_a_kind_and_the_usual_ones_exist() -> None:
+    assert all(set(column.kinds) <= set(columns.BOTH) and column.kinds for column in COLUMNS.values())
+    for usual, kind in ((columns.INVERSION, "inversion"), (columns.TRUE_EDITS, "edits"), (columns.EDITS, "edits")):
+        assert all(kind in COLUMNS[name].kinds for name in usual)
+
+
+def test_the_smallest_side_is_that_of_the_most_demanding_column() -> None:
+    assert loaded(["PSNR", "SSIM"], Weights(), CPU).least() == (11, "SSIM")
+    assert loaded(["truth MS-SSIM", "SSIM"], Weights(), CPU).least() == (176, "truth MS-SSIM")
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+
+
+def edits(**changes: Any) -> Benchmark:
+    content = {"kind": "edits", "title": "test", "data": {"set": "tabletop_edits", "count": 2}, "inversions": ["ddim"]}
+    content |= {"controls": ["none", "masactrl"], "metrics": ["inside", "gain", "background PSNR"], "num_inference_steps": 50}
+    return from_mapping({**content, **changes})
+
+
+def inversions(**changes: Any) -> Benchmark:
+    content = {"kind": "inversion", "title": "test", "data": {"set": "tabletop", "count": 2}, "inversions": ["easyinv"]}
+    return from_mapping({**content, "metrics": ["PSNR", "SSIM", "seconds"], **changes})
+
+
+def built(config: Benchmark, rows: Sequence[dict[str, Any]] = (), groups: Sequence[str] = ("",)) -> dict[str, Any]:
+    made = Measures(config.columns, {}, {name: name for name in config.columns}, {})
+    return summary.build(config, made, variants(config), rows, groups, [])
+
+
+def row(variant: str, item: str, group: str = "", **values: Any) -> dict[str, Any]:
+    inversion, control = variant.split(" + ")
+    return {"variant": variant, "item": item, "group": group, "inversion": inversion, "control": control, **values}
+
+
+def test_means_leave_out_what_is_not_defined_and_say_how_many_went_in() -> None:
+    rows = [
+        row("ddim + masactrl", "a", "pose", inside=10.0, **{"background PSNR": 30.0}),
+        row("ddim + masactrl", "b", "pose", inside=20.0, **{"background PSNR": None}),
+        row("ddim + masactrl", "c", "style", inside=60.0, **{"background PSNR": None}),
+        row("ddim + none", "a", "pose", inside=8.0, **{"background PSNR": 20.0}),
+        row("ddim + none", "b", "pose", error="it broke"),
+    ]
+    content = built(edits(), rows, ["pose", "pose", "style"])
+    assert [(table["group"], table["title"]) for table in content["tables"]] == [
+        ("", "all edits"), ("pose", "pose"), ("style", "style"),
+    ]  # fmt: skip
+    whole, pose, style = ({line["variant"]: line for line in table["rows"]} for table in content["tables"])
+    assert whole["ddim + masactrl"] == {
+        "variant": "ddim + masactrl", "inversion": "ddim", "control": "masactrl", "steps": 50, "dtype": "float32", "n": 3,
+        "inside": 30.0, "gain": 2.0, "gain n": 1, "background PSNR": 30.0, "background PSNR n": 1,
+    }  # fmt: skip
+    assert (whole["ddim + none"]["n"], whole["ddim + none"]["gain"]) == (1, 0.0)
+    assert "inside n" not in whole["ddim + none"]
+    assert pose["ddim + masactrl"]["inside"] == 15.0
+    assert (style["ddim + masactrl"]["n"], style["ddim + masactrl"]["background PSNR"]) == (1, None)
+    assert (style["ddim + none"]["n"], style["ddim + none"]["inside"]) == (0, None)
+    assert content["notes"][-1] == "1 of 5 results are errors; results.jsonl holds each with its reason"
+    lines = summary.markdown(content).splitlines()
+    assert "| ddim + masactrl | 3 | 30.00 | 2.00 (1) | 30.00 (1) |" in lines
+
+
+def test_one_group_needs_no_table_of_its_own() -> None:
+    assert [table["group"] for table in built(edits(), [], ["pose", "pose"])["tables"]] == [""]
+    assert [table["group"] for table in built(edits(), [], ["", "white"])["tables"]] == ["", "white"]
+
+
+PUBLISHED = {"source": "a paper", "inversion": "easyinv", "dtype": "float32", "num_inference_steps": 50}
+
+
+def test_published_numbers_stand_below_the_line_they_belong_to() -> None:
+    rows = [{"variant": "easyinv", "item": "a", "group": "", "inversion": "easyinv", "PSNR": 25.0}]
+    more = [
+        {**PUBLISHED, "values": {"PSNR": 30.0, "LPIPS (vgg)": 0.3}},
+        {**PUBLISHED, "inversion": "other", "values": {"SSIM": 0.5}},
+    ]
+    content = built(inversions(published=more), rows)
+    assert content["published"] == [
+        {"variant": "easyinv", "source": "a paper", "same_protocol": True, "why": "", "PSNR": 30.0, "LPIPS (vgg)": 0.3},
+        {"variant": "other, float32", "source": "a paper", "same_protocol": True, "why": "", "SSIM": 0.5},
+    ]
+    assert [column["name"] for column in content["columns"]] == ["PSNR", "SSIM", "seconds", "LPIPS (vgg)"]
+    told = [line["variant"] for line in summary.lines_of(content, content["tables"][0])]
+    assert told == [CEILING, "easyinv", "easyinv", "other, float32"]
+    lines = summary.markdown(content).splitlines()
+    assert "| easyinv | 1 | 25.00 |  |  |  |" in lines
+    assert "| *easyinv: a paper* |  | 30.00 |  |  | 0.3000 |" in lines
+    read = list(csv.DictReader(summary.as_csv(content).splitlines()))
+    assert [(line["variant"], line["source"], line["PSNR"]) for line in read[1:3]] == [
+        ("easyinv", "", "25.0"), ("easyinv", "a paper", "30.0"),
+    ]  # fmt: skip
+
+
+def why(config: Benchmark) -> str:
+    (line,) = built(config)["published"]
+    assert line["same_protocol"] == (not line["why"])
+    return str(line["why"])
+
+
+def test_another_protocol_is_marked_with_its_reason() -> None:
+    row = {**PUBLISHED, "values": {"PSNR": 30.0}}
+    assert why(inversions(published=[row])) == ""
+    assert why(inversions(published=[{**row, "why": "other pictures"}])) == "other pictures"
+    assert why(inversions(published=[{**row, "num_inference_steps": 20}])) == "T is 20 there and 50 here"
+    protocol = {"model": "sd14", "data": {"set": "coco"}, "guidance_scale": 7.5}
+    content = built(inversions(published=[{**row, "why": "w"}], protocol=protocol))
+    assert content["published"][0]["why"] == "w; this run's model, data.set are not the published ones"
+    assert content["notes"] == [
+        "not the protocol of the published numbers: model is embedded here and sd14 there; data.set is tabletop here and coco "
+        "there; the numbers say nothing about the published ones"
+    ]
+    marked = summary.markdown(content)
+    assert "| *easyinv: a paper* \\* |" in marked
+    assert "\n\\* w; this run's model, data.set are not the published ones\n" in marked
+
+
+def test_numbers_of_another_precision_belong_to_another_line() -> None:
+    content = built(inversions(published=[{**PUBLISHED, "dtype": "float16", "values": {"PSNR": 30.0}}]))
+    assert content["published"][0]["variant"] == "easyinv, float16"
+    assert content["published"][0]["variant"] not in {line["variant"] for line in content["tables"][0]["rows"]}
+
+
+def test_a_folder_counts_as_the_preset_whose_structure_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol, row = {"model": "sd14"}, {**PUBLISHED, "values": {"PSNR": 30.0}}
+    monkeypatch.setattr(summary, "examine", lambda path: type("R", (), {"presets": ("sd15", "sd14") if "good" in path else ()}))
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    for model, differing in (
+        (str(tmp_path / "good"), False),
+        (str(tmp_path / "bad"), True),
+        ("CompVis/stable-diffusion-v1-4", False),
+    ):
+        assert bool(why(inversions(published=[row], protocol=protocol, model=model))) == differing
+    notes = built(inversions(protocol=protocol, model=str(tmp_path / "good")))["notes"]
+    assert notes == [f"{tmp_path / 'good'} has the structure of sd14; its weights are taken at their word"]
+
+
+def test_how_masks_count_is_told_where_they_do() -> None:
+    assert any("PIE-Bench's: both pictures are black" in note for note in built(edits(mask_form="compat"))["notes"])
+    assert any("count pixels outside the mask alone" in note for note in built(edits())["notes"])
+    assert built(edits(metrics=["inside"]))["notes"] == []
