@@ -382,7 +382,7 @@ def _edit_page(folder: Path, limit: int, side: int) -> Page:
     if not isinstance(recipe, dict) or not isinstance(files, dict):
         raise InputError(f"{folder / 'result.json'}: holds no edit (no recipe and images); give an edit's output folder")
     prompts = [str(prompt) for prompt in _list(recipe.get("prompts"))]
-    shown = {str(name): str(file) for name, file in files.items() if name != "comparison"}
+    shown = {str(name): str(file) for name, file in files.items()}
     edited = [name for name in shown if name.startswith("edited")]
     own = [name for name in ("source", "reconstruction") if name in shown]
     pictures = [_picture(folder, shown[name], name, f"the {name} picture", side) for name in [*own, *edited]]

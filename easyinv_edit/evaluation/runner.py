@@ -18,7 +18,7 @@ from PIL import Image
 
 from attention_control import ControlError
 from easyinv_edit.errors import EasyInvError, InputError
-from easyinv_edit.evaluation import bench_figures, columns, datasets, edit_bench, environment, suite, summary
+from easyinv_edit.evaluation import bench_figures, columns, datasets, edit_bench, environment, leaderboard, summary
 from easyinv_edit.evaluation import items as items_of
 from easyinv_edit.evaluation.benchmark import Benchmark
 from easyinv_edit.evaluation.columns import Measures
@@ -203,8 +203,8 @@ def _leaderboard(config: Benchmark, lines: Sequence[Variant], rows: Sequence[Map
         return None
     reference = "ddim" if "ddim" in plain else plain[0]
     try:
-        board = suite.leaderboard(rows, reference=reference)
+        board = leaderboard.leaderboard(rows, reference=reference)
     except InputError:  # none of the reference's results came out
         return None
     head = f"Gain inside the object over {reference} + {BASELINE} on the same item, in dB."
-    return f"{head}\n\n{suite.markdown(board)}\n\n{suite.grid(board)}\n"
+    return f"{head}\n\n{leaderboard.markdown(board)}\n\n{leaderboard.grid(board)}\n"

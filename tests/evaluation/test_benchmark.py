@@ -127,6 +127,10 @@ def test_every_problem_is_told_at_its_place_in_the_files_order() -> None:
         (INVERSIONS.replace("tabletop, count: 2", "coco, path: x, captions: y"), "data.captions: should be true or false"),
         (INVERSIONS.replace("tabletop, count: 2", "pie_bench, path: x, types: [pose]"), "data.types: 'pose' is unknown"),
         (EDITS.replace("count: 2", "count: 2, tasks: [shap]"), "data.tasks: 'shap' is unknown"),
+        (EDITS.replace("count: 2", "suite: 0"), "data.suite: '0' is no version; choose 1, 2"),
+        (EDITS.replace("count: 2", "suite: 1, count: 25"), "data.count: suite 1 has 24 cases of each task (got 25)"),
+        (EDITS.replace("count: 2", "suite: 1, tasks: [move]"), "data.tasks: 'move' is unknown; choose shape, size, turn"),
+        (EDITS.replace("count: 2", "suite: 1, first_seed: 3"), "data.first_seed: a suite has scenes of its own"),
         (
             EDITS.replace("tabletop_edits", "tabletop"),
             "data.set: tabletop has no target prompts; edits can be made of tabletop_edits",

@@ -19,6 +19,7 @@ from easyinv_edit.evaluation.runner import Outcome, run
 from easyinv_edit.evaluation.variants import CEILING
 from easyinv_edit.images import load, to_pil, to_tensor
 from easyinv_edit.pipeline import EditPipeline
+from tests import models
 from tests.helpers import Command
 
 WHITE = 8
@@ -45,7 +46,7 @@ def config(model: Path, **changes: Any) -> Benchmark:
 
 
 def items() -> list[Item]:
-    return scenes(SEED, 3, 64)
+    return scenes(SEED, 3, 32)
 
 
 def quiet(_text: str) -> None:
@@ -57,9 +58,24 @@ def rows_of(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def place(untrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion's structure at 32 pixels."""
+    folder = tmp_path_factory.mktemp("tiny")
+    models.sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> EditPipeline:
+    made = EditPipeline.from_pretrained(model, local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def place(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("inversions")
-    run(config(untrained_folder), made, quiet)
+    run(config(model), made, quiet)
     return made
 
 
@@ -81,28 +97,28 @@ def test_every_method_is_measured_on_every_picture_at_every_number_of_steps(rows
     assert [row["group"] for row in rows if row["variant"] == CEILING] == [item.group for item in items()]
 
 
-def test_a_row_says_what_a_run_by_hand_says(rows: list[dict[str, Any]], untrained: EditPipeline) -> None:
+def test_a_row_says_what_a_run_by_hand_says(rows: list[dict[str, Any]], pipe: EditPipeline) -> None:
     item = items()[2]
     row = row_of(rows, "ddim, T=4", item.name)
-    trajectory = untrained.invert(item.picture, item.prompt, "ddim", num_inference_steps=4)
+    trajectory = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=4)
     assert trajectory.source is not None
     truth = trajectory.source.permute(2, 0, 1)[None].double() / 255
     assert (row["inversion"], row["steps"], row["dtype"], row["prompt"]) == ("ddim", 4, "float32", item.prompt)
     assert (row["evaluations"], row["settings"]) == (4, {"name": "ddim"})
     assert row["seconds"] > 0
     for suffix, scale in (("", 1.0), (", guided", 3.0)):
-        z, _ = untrained.reconstruct(trajectory, guidance_scale=scale)
-        picture = (untrained.backbone.decode(z).double() / 2 + 0.5).clamp(0, 1)
+        z, _ = pipe.reconstruct(trajectory, guidance_scale=scale)
+        picture = (pipe.backbone.decode(z).double() / 2 + 0.5).clamp(0, 1)
         error = ((z - trajectory.clean).norm() / trajectory.clean.norm()).item()
         assert row[f"latent error{suffix}"] == pytest.approx(error, rel=1e-3)
         assert row[f"PSNR{suffix}"] == pytest.approx(psnr(picture, truth), abs=1e-3)
         assert row[f"SSIM{suffix}"] == pytest.approx(ssim(picture, truth), abs=1e-4)
 
 
-def test_noise_is_drawn_from_the_seed_and_the_pictures_number(rows: list[dict[str, Any]], untrained: EditPipeline) -> None:
+def test_noise_is_drawn_from_the_seed_and_the_pictures_number(rows: list[dict[str, Any]], pipe: EditPipeline) -> None:
     item, generator = items()[1], torch.Generator().manual_seed(1)
-    trajectory = untrained.invert(item.picture, item.prompt, "edit_friendly", num_inference_steps=4, generator=generator)
-    z, _ = untrained.reconstruct(trajectory, guidance_scale=3.0)
+    trajectory = pipe.invert(item.picture, item.prompt, "edit_friendly", num_inference_steps=4, generator=generator)
+    z, _ = pipe.reconstruct(trajectory, guidance_scale=3.0)
     error = ((z - trajectory.clean).norm() / trajectory.clean.norm()).item()
     assert row_of(rows, "edit_friendly, T=4", item.name)["latent error, guided"] == pytest.approx(error, rel=1e-3)
 
@@ -114,20 +130,20 @@ def test_the_exact_inverse_reaches_the_ceiling(rows: list[dict[str, Any]]) -> No
         )
 
 
-def test_pictures_are_kept_and_show_what_the_row_says(place: Path, rows: list[dict[str, Any]], untrained: EditPipeline) -> None:
+def test_pictures_are_kept_and_show_what_the_row_says(place: Path, rows: list[dict[str, Any]], pipe: EditPipeline) -> None:
     item = items()[0]
     row = row_of(rows, "ddim, T=4", item.name)
     assert set(row["pictures"]) == {"source", "result", "guided", "latent"}
     source, result, guided = (to_tensor(load(place / row["pictures"][key])) / 2 + 0.5 for key in ("source", "result", "guided"))
     assert psnr(result, source) == pytest.approx(row["PSNR"], abs=0.05)
     assert psnr(guided, source) == pytest.approx(row["PSNR, guided"], abs=0.05)
-    trajectory = untrained.invert(item.picture, item.prompt, "ddim", num_inference_steps=4)
-    middle = to_tensor(to_pil(untrained.backbone.decode(trajectory.latents[2]))[0])
+    trajectory = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=4)
+    middle = to_tensor(to_pil(pipe.backbone.decode(trajectory.latents[2]))[0])
     assert (to_tensor(load(place / row["pictures"]["latent"])) - middle).abs().max() < 0.05
 
 
-def test_pictures_of_the_first_items_alone(untrained_folder: Path, tmp_path: Path) -> None:
-    run(config(untrained_folder, pictures=1, inversions=["ddim"], num_inference_steps=2), tmp_path, quiet)
+def test_pictures_of_the_first_items_alone(model: Path, tmp_path: Path) -> None:
+    run(config(model, pictures=1, inversions=["ddim"], num_inference_steps=2), tmp_path, quiet)
     names = [item.name for item in items()]
     assert [row["item"] for row in rows_of(tmp_path) if "pictures" in row] == [names[0]] * 2
     assert len(list((tmp_path / "pictures").iterdir())) == 5, "the source, the ceiling, and the result's three"
@@ -158,9 +174,9 @@ def test_the_markdown_and_the_csv_hold_every_line(place: Path) -> None:
     assert summary.markdown(content) == (place / "summary.md").read_text()
 
 
-def test_two_precisions_are_lines_of_their_own(untrained_folder: Path, tmp_path: Path) -> None:
+def test_two_precisions_are_lines_of_their_own(model: Path, tmp_path: Path) -> None:
     changes = {"dtypes": ["bfloat16", "float32"], "inversions": ["ddim"], "num_inference_steps": 2, "pictures": 0}
-    done: Outcome = run(config(untrained_folder, **changes), tmp_path, quiet)
+    done: Outcome = run(config(model, **changes), tmp_path, quiet)
     assert [row["variant"] for row in done.summary["tables"][0]["rows"]] == [
         f"{CEILING}, bfloat16", "ddim, bfloat16", f"{CEILING}, float32", "ddim, float32",
     ]  # fmt: skip
@@ -188,12 +204,12 @@ def test_a_folder_gives_its_pictures_by_name(tmp_path: Path, picture: Image.Imag
 
 
 def test_the_command_writes_its_tables_its_numbers_and_its_pictures(
-    command: Command, untrained_folder: Path, tmp_path: Path, picture: Image.Image
+    command: Command, model: Path, tmp_path: Path, picture: Image.Image
 ) -> None:
     pictures, place = tmp_path / "pictures", tmp_path / "run"
     pictures.mkdir()
     picture.save(pictures / "a.png")
-    arguments = ["bench", "inversion", "--model", str(untrained_folder), "--folder", str(pictures), "--steps", "2"]
+    arguments = ["bench", "inversion", "--model", str(model), "--folder", str(pictures), "--steps", "2"]
     arguments += ["--methods", "ddim,easyinv", "-o", str(place), "--device", "cpu"]
     code, out, err = command(*arguments)
     assert code == 0, err
@@ -207,9 +223,9 @@ def test_the_command_writes_its_tables_its_numbers_and_its_pictures(
     assert json.loads(again) == json.loads((place / "summary.json").read_text())
 
 
-def test_options_and_a_file_make_the_same_run(command: Command, untrained_folder: Path, tmp_path: Path) -> None:
+def test_options_and_a_file_make_the_same_run(command: Command, model: Path, tmp_path: Path) -> None:
     """What the options decide is written as config.yaml, and that file decides the same."""
-    options = ["--model", str(untrained_folder), "--images", "2", "--steps", "2", "--methods", "ddim", "--device", "cpu"]
+    options = ["--model", str(model), "--images", "2", "--steps", "2", "--methods", "ddim", "--device", "cpu"]
     assert command("bench", "inversion", *options, "-q", "-o", str(tmp_path / "a"))[0] == 0
     file = str(tmp_path / "a" / "config.yaml")
     assert command("bench", "inversion", "--config", file, "-q", "-o", str(tmp_path / "b"))[0] == 0

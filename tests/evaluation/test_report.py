@@ -196,6 +196,7 @@ def test_a_run_is_one_sound_page(run: Path) -> None:
     assert [e.attributes["id"] for e in parsed.of("article")] == [f"item-{n}" for n in range(1, 5)]
     assert len(parsed.of("img")) == 1 + 4 * 3
     assert [e.attributes["alt"] for e in parsed.of("img")][:3] == ["figure: pareto", "item 0: source", "item 0: easyinv"]
+    assert [e.attributes["data-shared"] for e in parsed.of("figure")] == ["no", *["yes", "no", "no"] * 4]
     facts = dict(zip([e.text for e in parsed.of("dt")], [e.text for e in parsed.of("dd")], strict=True))
     assert facts["device"] == "some CPU"
     assert facts["started"] == "2026-01-02 03:04:05 UTC"
@@ -373,6 +374,13 @@ def test_a_large_picture_is_a_thumbnail_of_its_proportions(run: Path) -> None:
     assert (small.format, small.size) == ("JPEG", (100, 50))
     ramp = np.asarray(small).astype(float).mean((0, 2))
     assert np.abs(ramp - (np.arange(100) + 0.5) * 2.55).max() < 3
+
+
+def test_another_format_is_embedded_as_jpeg(run: Path) -> None:
+    """Whatever its name says: a browser is told what a picture is."""
+    Image.new("RGB", (16, 16), "red").save(run / "pictures" / "0.png", format="WEBP", lossless=True)
+    (element,) = page_of(run, limit=1).of("img", alt="item 0: source")
+    assert np.abs(np.asarray(shown(element)).astype(int) - (255, 0, 0)).max() <= 2
 
 
 def test_a_heavy_png_is_a_jpeg_of_its_size(run: Path) -> None:

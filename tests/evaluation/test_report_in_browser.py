@@ -25,7 +25,8 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not there (Debian's package chromium)")
     with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]  # containers have little shared memory
+        launched = driver.chromium.launch(executable_path=str(CHROMIUM), args=options)
         yield launched
         launched.close()
 

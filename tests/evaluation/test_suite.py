@@ -19,7 +19,8 @@ from torch import Tensor
 from easyinv_edit.errors import EasyInvError, InputError
 from easyinv_edit.evaluation import benchmark, ground_truth, suite, tabletop
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS, APART, TASKS, Case, make_cases
-from easyinv_edit.evaluation.suite import SUITE, SUITES, grid, judge_accuracy, leaderboard, manifest, markdown
+from easyinv_edit.evaluation.leaderboard import grid, leaderboard, markdown
+from easyinv_edit.evaluation.suite import SUITE, SUITES, judge_accuracy, manifest
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop import render as rendering
