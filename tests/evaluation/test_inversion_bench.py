@@ -250,6 +250,7 @@ def test_options_and_a_file_make_the_same_run(command: Command, model: Path, tmp
         (["--config", "paper_table1"], "paper_table1.yaml:12:19: data.path: is missing; give the folder that holds val2017"),
         (["--config", "paper_table1", "data.path=nowhere"], "nowhere/val2017: is no folder"),
         (["--config", "tabletop_edits"], "is of kind edits; run it by `easyinv-edit bench edits --config tabletop_edits`"),
+        (["--config", "tabletop_reconstruction", "size=62", "data.count=1"], "size 62 x 62: give a multiple of "),
         (["--config", "nothing.yaml"], "nothing.yaml: cannot be read (No such file or directory)"),
         (
             ["--config", "tabletop_reconstruction", "--images", "3", "--steps", "10"],

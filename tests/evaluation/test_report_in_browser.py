@@ -50,6 +50,7 @@ class Watched:
 
     def __init__(self, browser: Any, file: Path, **options: Any) -> None:
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, **options)
+        self.page.set_default_timeout(120_000)  # ms; the machine may be busy
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -160,6 +161,26 @@ def test_any_two_pictures_are_compared(opened: Watched) -> None:
     assert opened.colour(comparer.locator(".frame"), 0.9) == GREEN
     comparer.get_by_label("left").last.select_option("easyinv")
     assert opened.colour(comparer.locator(".frame"), 0.1) == BLUE
+
+
+@pytest.mark.parametrize(("fit", "above"), [("pad", GREEN), ("stretch", RED)])
+def test_a_source_of_other_proportions_lies_on_its_result(browser: Any, tmp_path: Path, fit: str, above: Any) -> None:
+    """A wide picture between two borders, as it is padded to a square: its result has no borders. Or one made square."""
+    source = Image.new("RGB", (64, 64), RED)
+    source.paste(GREEN, (0, 16, 64, 48))
+    source.save(tmp_path / "source.png")
+    Image.new("RGB", (96, 48), BLUE).save(tmp_path / "edited.png")
+    files = {"source": "source.png", "edited": "edited.png"}
+    (tmp_path / "result.json").write_text(json.dumps({"recipe": {"fit": fit, "prompts": ["x"]}, "images": files}))
+    report.write(tmp_path, tmp_path / "report.html")
+    watched = Watched(browser, tmp_path / "report.html")
+    frame = watched.page.locator(".frame")
+    for _ in range(2):
+        assert frame.evaluate("e => e.clientWidth / e.clientHeight") == 2
+        assert {watched.colour(frame, 0.1), watched.colour(frame, 0.9)} == {above, BLUE}
+        watched.page.get_by_label("left").last.select_option("edited")
+        watched.page.get_by_label("right").last.select_option("source")
+    watched.page.close()
 
 
 def test_one_choice_changes_every_item_that_has_it(opened: Watched) -> None:

@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_result(model: Path, tmp_
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     asked = [sys.executable, "-m", "easyinv_edit", *arguments, "-o", str(killed)]
     with subprocess.Popen(asked, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL) as process:
-        results, deadline = killed / "results.jsonl", time.monotonic() + 60
+        results, deadline = killed / "results.jsonl", time.monotonic() + 120
         while not (results.exists() and results.read_bytes().count(b"\n") >= 4) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
