@@ -30,18 +30,18 @@ from easyinv_edit.places import Places, leaves, places_of
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
 
 
-def _no_switch(value: Any) -> Any:
+def no_switch(value: Any) -> Any:
     """YAML's `yes` and `true` are numbers to Python and to pydantic, but not to anyone who writes a recipe."""
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
 
 
-Steps = Annotated[int, BeforeValidator(_no_switch), Field(ge=1, le=1000)]
-Scale = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=100)]
-Share = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, le=1)]
-Side = Annotated[int, BeforeValidator(_no_switch), Field(ge=8, le=4096)]
-Seed = Annotated[int, BeforeValidator(_no_switch), Field(ge=0, lt=2**63)]
+Steps = Annotated[int, BeforeValidator(no_switch), Field(ge=1, le=1000)]
+Scale = Annotated[float, BeforeValidator(no_switch), Field(ge=0, le=100)]
+Share = Annotated[float, BeforeValidator(no_switch), Field(ge=0, le=1)]
+Side = Annotated[int, BeforeValidator(no_switch), Field(ge=8, le=4096)]
+Seed = Annotated[int, BeforeValidator(no_switch), Field(ge=0, lt=2**63)]
 
 
 def _default(name: str) -> Any:
@@ -64,7 +64,7 @@ class EditRecipe:
     model: str = "embedded"
     schedule: dict[str, str | bool | int | float] = dataclasses.field(default_factory=dict)
     lora: str | None = None
-    lora_scale: Annotated[float, BeforeValidator(_no_switch), Field(ge=-10, le=10)] = 1.0
+    lora_scale: Annotated[float, BeforeValidator(no_switch), Field(ge=-10, le=10)] = 1.0
     low_memory: bool = False
     image: str | None = None
     source_prompt: str = ""
@@ -80,7 +80,7 @@ class EditRecipe:
     source_guidance_scale: Scale | None = None
     pin_source: bool = True
     source_features: Literal["auto", "live", "exact", "inversion"] = "auto"
-    batch_size: Annotated[int, BeforeValidator(_no_switch), Field(ge=1, le=1024)] | None = None
+    batch_size: Annotated[int, BeforeValidator(no_switch), Field(ge=1, le=1024)] | None = None
     noise_mix: Share = 0.0
     seed: Seed | None = 0
     size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
@@ -110,7 +110,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Ma
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         problem = f"{path}: cannot be read ({reason}); give a YAML file, or a name from `recipes list`"
-        raise RecipeError([_one_line(problem)]) from error
+        raise RecipeError([one_line(problem)]) from error
     return parse(text, str(path), overrides, values)
 
 
@@ -123,13 +123,13 @@ def parse(
     RecipeError with every problem, in the file's order.
     """
     places, found = places_of(text, name)
-    _refuse(found)
-    content, found = _merged(text, name, places, overrides)
-    _refuse(found)
+    refuse_all(found)
+    content, found = merged_content(text, name, places, overrides)
+    refuse_all(found)
     content = {**content, **(values or {})}
     content = _with_names({**_recommended(content.get("model")), **content})
-    problems_found = sorted(_check(content), key=lambda item: _place(item[0], places))
-    _refuse([_line(name, places, overrides, key, problem) for key, problem in problems_found])
+    problems_found = sorted(_check(content), key=lambda item: place_of(item[0], places))
+    refuse_all([problem_at(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)
 
 
@@ -137,17 +137,17 @@ NO_RESOLVERS = "references such as ${oc.env:NAME} are not allowed; write the val
 SHAPE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.S)
 
 
-def _refuse(found: Sequence[str]) -> None:
+def refuse_all(found: Sequence[str]) -> None:
     if found:
-        raise RecipeError([_one_line(problem) for problem in found])
+        raise RecipeError([one_line(problem) for problem in found])
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Keys, file names and values may hold line breaks; a problem may not."""
     return " ".join(text.splitlines())
 
 
-def _merged(text: str, name: str, places: Places, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def merged_content(text: str, name: str, places: Places, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The file and the overrides as one mapping with references resolved, or what keeps them from being read."""
     found = [f"{_at(name, key, places)}: {NO_RESOLVERS}" for key, value in leaves(text) if _reads_outside(value)]
     found += [problem for o in overrides if (problem := _unreadable(o))]
@@ -187,7 +187,7 @@ def _reference_problem(name: str, places: Places, overrides: Sequence[str], erro
     """A reference `${key}` that leads nowhere or cannot be read, at its place."""
     path = tuple(re.findall(r"[^.\[\]]+", str(getattr(error, "full_key", None) or "")))
     reason = str(error).strip().split("\n")[0]
-    return _line(name, places, overrides, path, f"{reason}; a reference is ${{key}} with another key of this file")
+    return problem_at(name, places, overrides, path, f"{reason}; a reference is ${{key}} with another key of this file")
 
 
 def _recommended(model: Any) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _check(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
             seen.add(key)
     for group, registry in REGISTRIES.items():
         if isinstance(content.get(group), dict):
-            found += [((group, *path), problem) for path, problem in _check_method(content[group], registry)]
+            found += [((group, *path), problem) for path, problem in method_problems(content[group], registry)]
     for key in content["schedule"] if isinstance(content.get("schedule"), dict) else ():
         if key not in OVERRIDES:
             found.append((("schedule", key), f"unknown key{nearest(key, OVERRIDES)}; allowed: {', '.join(OVERRIDES)}"))
@@ -250,7 +250,7 @@ def _check_style(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     return []
 
 
-def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> list[tuple[tuple[str, ...], str]]:
+def method_problems(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> list[tuple[tuple[str, ...], str]]:
     name = choice.get("name")
     if not isinstance(name, str) or name not in registry:
         return [(("name",), f"{shown(name)} is unknown; choose {', '.join(registry)}{nearest(name, registry)}")]
@@ -258,7 +258,7 @@ def _check_method(choice: dict[str, Any], registry: Mapping[str, type[Any]]) -> 
     below = [
         ((*path, *deeper), problem)
         for path, nested in _nested(choice, method)
-        for deeper, problem in _check_method(nested, registry)
+        for deeper, problem in method_problems(nested, registry)
     ]
     try:
         method(**{key: value for key, value in choice.items() if key != "name"})
@@ -284,17 +284,17 @@ def _reads_outside(value: str) -> bool:
     return bool(re.search(r"\$\{[^}]*:", value))
 
 
-def _place(path: tuple[str, ...], places: Places) -> tuple[int, int]:
+def place_of(path: tuple[str, ...], places: Places) -> tuple[int, int]:
     """Where a key is written, or the nearest key above it; (0, 0) for a key that is nowhere in the file."""
     return next((places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in places), (0, 0))
 
 
 def _at(name: str, path: tuple[str, ...], places: Places) -> str:
-    line, column = _place(path, places)
+    line, column = place_of(path, places)
     return f"{name}:{line}:{column}: {'.'.join(path)}" if line else f"{name}: {'.'.join(path)}"
 
 
-def _line(name: str, places: Places, overrides: Sequence[str], path: tuple[str, ...], problem: str) -> str:
+def problem_at(name: str, places: Places, overrides: Sequence[str], path: tuple[str, ...], problem: str) -> str:
     """One problem with its place: the override that set the key, else the key in the file."""
     key = ".".join(path)
     for override in reversed(overrides):

@@ -28,7 +28,7 @@ from easyinv_edit.recipe import Scale, Seed, Side, Steps
 
 Kind = Literal["inversion", "edits"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Number = Annotated[int, BeforeValidator(recipe._no_switch), Field(ge=1)]
+Number = Annotated[int, BeforeValidator(recipe.no_switch), Field(ge=1)]
 FORBID = ConfigDict(extra="forbid")
 FIRST_SEED = 24_000_000
 """Scenes of benchmarks: held out from training and from the other evaluations."""
@@ -104,7 +104,7 @@ class Benchmark:
     metrics: list[str] = dataclasses.field(default_factory=list)
     weights: Weights = dataclasses.field(default_factory=Weights)
     mask_form: MaskForm = "masked_mean"
-    pictures: Annotated[int, BeforeValidator(recipe._no_switch), Field(ge=0)] | None = None
+    pictures: Annotated[int, BeforeValidator(recipe.no_switch), Field(ge=0)] | None = None
     published: list[Published] = dataclasses.field(default_factory=list)
     protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: Seed = 0
@@ -137,7 +137,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[B
         problem = (
             f"{path}: cannot be read ({reason}); give a YAML file, or one of {known}{nearest(str(path), known.split(', '))}"
         )
-        raise RecipeError([recipe._one_line(problem)]) from error
+        raise RecipeError([recipe.one_line(problem)]) from error
     return parse(text, str(path), overrides), text
 
 
@@ -154,14 +154,14 @@ def parse(text: str, name: str = "benchmark", overrides: Sequence[str] = ()) -> 
     overrides: `key=value` or `group.key=value`, read as YAML. Raises RecipeError with every problem, in the file's order.
     """
     places, found = places_of(text, name)
-    recipe._refuse(found)
-    content, found = recipe._merged(text, name, places, overrides)
-    recipe._refuse(found)
+    recipe.refuse_all(found)
+    content, found = recipe.merged_content(text, name, places, overrides)
+    recipe.refuse_all(found)
     from easyinv_edit.evaluation.benchmark_checks import checked  # late: the checks know the classes above
 
     made, problems = checked(content)
-    problems.sort(key=lambda item: recipe._place(item[0], places))
-    recipe._refuse([recipe._line(name, places, overrides, key, problem) for key, problem in problems])
+    problems.sort(key=lambda item: recipe.place_of(item[0], places))
+    recipe.refuse_all([recipe.problem_at(name, places, overrides, key, problem) for key, problem in problems])
     assert made is not None
     return made
 
@@ -171,7 +171,7 @@ def from_mapping(content: Mapping[str, Any]) -> Benchmark:
     from easyinv_edit.evaluation.benchmark_checks import checked
 
     made, problems = checked(content)
-    recipe._refuse([f"{'.'.join(key)}: {problem}" for key, problem in problems])
+    recipe.refuse_all([f"{'.'.join(key)}: {problem}" for key, problem in problems])
     assert made is not None
     return made
 

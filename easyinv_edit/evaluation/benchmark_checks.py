@@ -108,7 +108,7 @@ def _wrong_methods(given: Mapping[str, Any]) -> Iterator[Problem]:
                 name = entry.get("name")
                 yield path, f"{shown(name)} is unknown; choose {'; '.join(known)}{nearest(name, known)}"
             else:
-                yield from (((*path, *below), problem) for below, problem in recipe._check_method(settings, registry))
+                yield from (((*path, *below), problem) for below, problem in recipe.method_problems(settings, registry))
                 yield from (((*path, *below), problem) for below, problem in _wrong_keys(entry, extra))
 
 

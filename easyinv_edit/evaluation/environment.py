@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from easyinv_edit.evaluation.speed_bench import _cpu_name
+from easyinv_edit.evaluation.speed_bench import cpu_name
 from easyinv_edit.result import versions, write_text
 
 FILE = "environment.json"
@@ -24,7 +24,7 @@ def started(folder: Path, device: torch.device, dtypes: list[str]) -> dict[str, 
     content: dict[str, Any] = {
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtypes": dtypes,

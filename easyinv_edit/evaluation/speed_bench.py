@@ -228,7 +228,7 @@ def environment(plan: Plan) -> dict[str, Any]:
     return {
         "device": str(plan.device),
         "gpu": torch.cuda.get_device_name(plan.device) if cuda else None,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(plan.dtype).removeprefix("torch."),
@@ -237,7 +237,7 @@ def environment(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
