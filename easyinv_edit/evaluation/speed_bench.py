@@ -238,6 +238,7 @@ def environment(plan: Plan) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The processor as Linux names it, else as Python does."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
