@@ -382,25 +382,18 @@ def _edit_page(folder: Path, limit: int, side: int) -> Page:
     if not isinstance(recipe, dict) or not isinstance(files, dict):
         raise InputError(f"{folder / 'result.json'}: holds no edit (no recipe and images); give an edit's output folder")
     prompts = [str(prompt) for prompt in _list(recipe.get("prompts"))]
-    shown = {str(name): str(file) for name, file in files.items()}
-    edited = [name for name in shown if name.startswith("edited")]
-    own = [name for name in ("source", "reconstruction") if name in shown]
-    pictures = [_picture(folder, shown[name], name, f"the {name} picture", side) for name in [*own, *edited]]
-    texts = [(f"prompt of {name}" if len(edited) > 1 else "prompt", text) for name, text in zip(edited, prompts, strict=False)]
-    source_prompt = [("source prompt", str(recipe["source_prompt"]))] if recipe.get("source_prompt") is not None else []
-    parts = tuple(replace(picture, shared=picture.label in own) for picture in pictures)
+    edited = [name for name in files if name.startswith("edited")]
+    flags = zip(edited, _list(content.get("flagged")), strict=False)
     again = "recipe.yaml" if recipe.get("image") else "recipe.yaml with its image added"
-    item = Item("Source and result", "", (*source_prompt, *texts), parts)
-    flags = [name for name, flagged in zip(edited, _list(content.get("flagged")), strict=False) if flagged is True]
     record = {key: content.get(key) for key in ("model", "versions")}
     return Page(
         title="; ".join(prompts) or folder.resolve().name,
         facts=_facts(_edit_facts(content, recipe)),
-        notes=tuple(f"the safety checker made {name} black" for name in flags),
+        notes=tuple(f"the safety checker made {name} black" for name, flagged in flags if flagged is True),
         tables=(),
         reasons=(),
         figures=(),
-        items=(item,)[:limit],
+        items=(_edit_item(folder, recipe, files, edited, prompts, side),)[:limit],
         blocks=(
             ("recipe", f"Recipe, to be run again as a file {again}", "result.json", _pretty(recipe)),
             ("environment", "Environment", "result.json", _pretty(record)),
@@ -409,6 +402,19 @@ def _edit_page(folder: Path, limit: int, side: int) -> Page:
         side=side,
         stretched=recipe.get("fit") == "stretch",
     )
+
+
+def _edit_item(
+    folder: Path, recipe: Row, files: Mapping[str, Any], edited: Sequence[str], prompts: Sequence[str], side: int
+) -> Item:
+    """The source, its reconstruction and the edited pictures, each of these with its prompt."""
+    own = [name for name in ("source", "reconstruction") if name in files]
+    made = [_picture(folder, str(files[name]), name, f"the {name} picture", side) for name in [*own, *edited]]
+    source_prompt = recipe.get("source_prompt")
+    texts = [] if source_prompt is None else [("source prompt", str(source_prompt))]
+    texts += [(f"prompt of {name}" if len(edited) > 1 else "prompt", text) for name, text in zip(edited, prompts, strict=False)]
+    pictures = tuple(replace(picture, shared=picture.label in own) for picture in made)
+    return Item("Source and result", "", tuple(texts), pictures)
 
 
 def _edit_facts(content: Row, recipe: Row) -> dict[str, Any]:

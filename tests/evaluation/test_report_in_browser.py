@@ -93,9 +93,21 @@ def test_every_picture_is_drawn_and_nothing_is_fetched(opened: Watched, tmp_path
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_sticks_out_of_the_page(opened: Watched, width: int) -> None:
-    opened.page.set_viewport_size({"width": width, "height": 900})
-    assert opened.page.evaluate("document.scrollingElement.scrollWidth") == width
+def test_nothing_sticks_out_however_long_names_are(browser: Any, tmp_path: Path, width: int) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = make_rows(folder, ("a_name_without_a_gap_" * 5, "a name of several words " * 5))
+    for row in rows:
+        row["item"] += "_without_a_gap" * 9
+    write_rows(folder, rows)
+    report.write(folder, folder / "report.html")
+    watched = Watched(browser, folder / "report.html")
+    watched.page.set_viewport_size({"width": width, "height": 900})
+    assert watched.page.evaluate("document.scrollingElement.scrollWidth") == width
+    room = watched.page.locator(".compared").first.bounding_box()
+    left, right = (each.bounding_box() for each in watched.page.locator(".comparer").first.locator("select").all())
+    assert left["x"] + left["width"] < right["x"]
+    assert right["x"] + right["width"] <= room["x"] + room["width"]
+    watched.page.close()
 
 
 def test_a_head_sorts_its_column_best_first(opened: Watched) -> None:
