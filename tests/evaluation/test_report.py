@@ -22,7 +22,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from easyinv_edit.errors import InputError
-from easyinv_edit.evaluation import report
+from easyinv_edit.evaluation import report, report_page, report_tables
 from easyinv_edit.pipeline import EditPipeline
 from tests.helpers import Command
 
@@ -323,7 +323,8 @@ def test_the_best_of_ours_is_marked(run: Path) -> None:
 def test_equal_as_far_as_digits_tell_is_equally_good(run: Path) -> None:
     def strong(*values: float | None) -> list[str]:
         rows = [{"variant": str(i), "n": 4, "PSNR": value} for i, value in enumerate(values)]
-        (table,), _ = report._tables({"tables": [{"rows": rows}]}, [report.Column("PSNR", better="higher", digits=1)])
+        column = report_page.Column("PSNR", better="higher", digits=1)
+        (table,), _ = report_tables.tables_of({"tables": [{"rows": rows}]}, [column])
         return [line.name for line in table.lines if line.cells[1].best]
 
     assert strong(1.0, 2.04, 2.01) == ["1", "2"]
