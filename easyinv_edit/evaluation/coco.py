@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from easyinv_edit.errors import InputError
-from easyinv_edit.evaluation.datasets import (
-    Item,
+from easyinv_edit.evaluation.datasets import Item
+from easyinv_edit.evaluation.set_files import (
     OnMismatch,
     check_count,
     check_mismatch,

@@ -9,39 +9,32 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import TypeAlias, TypeVar
 
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor
 
 from easyinv_edit import images
-from easyinv_edit.choices import nearest, plain
-from easyinv_edit.errors import EasyInvWarning, ImageError, InputError
+from easyinv_edit.choices import nearest
+from easyinv_edit.errors import InputError
 from easyinv_edit.evaluation.ground_truth import Case, Task, make_case
+from easyinv_edit.evaluation.set_files import PICTURES, check_count, listed, picture_sizes, read_text, refuse
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import Scene, random_scene
 
 Source: TypeAlias = Path | Image.Image | Callable[[], Image.Image]
 """A picture file, read at each access; a picture; or a function that makes one."""
-OnMismatch: TypeAlias = Literal["warn", "raise", "ignore"]
-"""What to do where a published set has not the number of pictures it should have."""
 
 T = TypeVar("T")
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTIONS = "captions.csv"
 COLUMNS = ("file", "prompt", "target_prompt")
 """Columns of a captions file; the last one is for edits."""
-TOLD = 10
-"""Problems told one by one; of further ones only the number."""
 AT_ONCE = 64
 """Scenes rendered at once: their float pictures take 16 times the memory of the finished ones."""
 
@@ -252,99 +245,3 @@ def _wrong_file(name: str, pictures: Collection[str], listed: Collection[str]) -
 def chunks(items: Sequence[T], size: int) -> list[list[T]]:
     """The items in groups of `size`, the last one maybe smaller."""
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
-
-
-# --- what the readers of sets share -------------------------------------------------------------------------------------
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raise InputError with the first `TOLD` problems, a line each, and how many more there are; do nothing for none."""
-    if problems:
-        more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
-        raise InputError("\n".join([*problems[:TOLD], *more]))
-
-
-def mismatch(text: str, then: OnMismatch) -> None:
-    """Say that a set has not the number of pictures it should have: as EasyInvWarning, as InputError, or not at all."""
-    if then == "raise":
-        raise InputError(text)
-    if then == "warn":
-        warnings.warn(text, EasyInvWarning, stacklevel=3)
-
-
-def check_mismatch(then: str) -> None:
-    """Raise InputError where `then` is none of `OnMismatch`."""
-    allowed = get_args(OnMismatch)
-    if then not in allowed:
-        raise InputError(f"on_mismatch is {then!r}; choose {', '.join(allowed)}{nearest(then, allowed)}")
-
-
-def check_count(count: int | None) -> None:
-    """Raise InputError for a number of pictures below 1; None is all of them."""
-    if count is not None and count < 1:
-        raise InputError(f"count is {count}; it must be at least 1")
-
-
-def listed(path: Path) -> list[Path]:
-    """What a folder holds. Raises InputError where it may not be read."""
-    try:
-        return list(path.iterdir())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give a folder that you may read") from error
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text without its byte order mark. Raises InputError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file; give the path of an existing one") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give a file that you may read") from error
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises InputError where it cannot be read, naming the line and column where it breaks off."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise InputError(f"{where}: is no JSON ({error.msg}); unpack the file again, it may be cut short") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: is no JSON of a data set (nested too deeply); give the set's own file") from error
-
-
-def invalid(where: str, error: ValidationError) -> list[str]:
-    """One line for each field that pydantic refused; `where` names the file and entry."""
-    lines: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        place = ".".join(str(part) for part in item["loc"])
-        wrong = "is missing" if item["type"] == "missing" else plain(item)
-        lines.setdefault(str(item["loc"][:1]), f"{where}: {place}: {wrong}" if place else f"{where}: {wrong}")
-    return list(lines.values())
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) from a picture file's header alone, not turned upright. Raises ImageError where there is none."""
-    try:
-        with Image.open(path) as opened:
-            return opened.size
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: there is no such file; unpack the whole set, or take it off the list") from error
-    except Exception as error:  # PIL's parsers raise nearly every type on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{path}: cannot be read as a picture ({reason}); give a whole picture file") from error
-
-
-def picture_sizes(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """(width, height) of every file, in their order. Raises InputError naming those that cannot be read."""
-    sizes, problems = {}, []
-    for file in files:
-        try:
-            sizes[file] = picture_size(file)
-        except ImageError as error:
-            problems.append(str(error))
-    refuse(problems)
-    return sizes

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from easyinv_edit.choices import nearest
 from easyinv_edit.errors import ImageError, InputError
-from easyinv_edit.evaluation.datasets import (
-    EditItem,
+from easyinv_edit.evaluation.datasets import EditItem
+from easyinv_edit.evaluation.set_files import (
     OnMismatch,
     check_count,
     check_mismatch,

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from easyinv_edit.choices import nearest
 from easyinv_edit.errors import EasyInvError, InputError
-from easyinv_edit.evaluation.datasets import TabletopEdit, check_count, tabletop_edits
+from easyinv_edit.evaluation.datasets import TabletopEdit, tabletop_edits
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS, APART, UNSAYABLE, Case, Task, make_case
+from easyinv_edit.evaluation.set_files import check_count
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import Judge
 from easyinv_edit.tabletop.render import render

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from easyinv_edit.errors import EasyInvWarning, ImageError, InputError
-from easyinv_edit.evaluation import datasets
+from easyinv_edit.evaluation import datasets, set_files
 from easyinv_edit.evaluation.datasets import EditItem, Item, edits_folder, folder, read_captions, scenes, tabletop_edits
 from easyinv_edit.evaluation.edit_bench import cases_of
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS
@@ -285,7 +285,7 @@ def test_broken_json_is_one_line(tmp_path: Path, content: str, says: str) -> Non
     file = tmp_path / "x.json"
     file.write_text(content)
     with pytest.raises(InputError, match=says) as caught:
-        datasets.read_json(file)
+        set_files.read_json(file)
     assert str(caught.value).startswith(str(file))
     assert "\n" not in str(caught.value)
 
@@ -293,19 +293,19 @@ def test_broken_json_is_one_line(tmp_path: Path, content: str, says: str) -> Non
 def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "x.json").write_text(json.dumps({"é": 1}, ensure_ascii=False), encoding=encoding)
-        assert datasets.read_json(tmp_path / "x.json") == {"é": 1}
+        assert set_files.read_json(tmp_path / "x.json") == {"é": 1}
     with pytest.raises(InputError, match="cannot be read"):
-        datasets.read_json(tmp_path)
+        set_files.read_json(tmp_path)
 
 
 def test_a_mismatch_is_a_warning_an_error_or_nothing() -> None:
     with pytest.warns(EasyInvWarning, match=r"^too few$"):
-        datasets.mismatch("too few", "warn")
+        set_files.mismatch("too few", "warn")
     with pytest.raises(InputError, match=r"^too few$"):
-        datasets.mismatch("too few", "raise")
-    datasets.mismatch("too few", "ignore")
+        set_files.mismatch("too few", "raise")
+    set_files.mismatch("too few", "ignore")
     with pytest.raises(InputError, match=r"on_mismatch is 'rais'; choose warn, raise, ignore - did you mean 'raise'\?"):
-        datasets.check_mismatch("rais")
+        set_files.check_mismatch("rais")
 
 
 def test_chunks_keep_every_item_in_order() -> None:
