@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from easyinv_edit.conditioning import Conditioning
     from easyinv_edit.errors import EasyInvError, EasyInvWarning, InputError
     from easyinv_edit.inversion import (
         BDIA,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BDIA": "inversion",
+    "Conditioning": "conditioning",
     "DDIM": "inversion",
     "EDICT": "inversion",
     "EasyInv": "inversion",
@@ -62,6 +64,7 @@ _HOMES = {
 
 __all__ = [
     "BDIA",
+    "Conditioning",
     "DDIM",
     "EDICT",
     "INVERSIONS",
