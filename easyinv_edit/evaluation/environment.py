@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,23 +13,29 @@ from typing import Any
 
 import torch
 
-from easyinv_edit.evaluation.speed_bench import cpu_name
 from easyinv_edit.result import versions, write_text
 
 FILE = "environment.json"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine and the software that numbers are of."""
+    return {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def started(folder: Path, device: torch.device, dtypes: list[str]) -> dict[str, Any]:
     """Write environment.json at the beginning of a run; one that goes on keeps when it was started first."""
     before = known(folder)
     content: dict[str, Any] = {
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **machine(device),
         "dtypes": dtypes,
-        "versions": versions(),
         "commit": _commit(),
         "started": before.get("started", _now()),
         "resumed": [*before.get("resumed", []), *([_now()] if before else [])],
@@ -54,6 +61,14 @@ def known(folder: Path) -> dict[str, Any]:
 
 def _write(folder: Path, content: Mapping[str, Any]) -> None:
     write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _cpu_name() -> str:
+    """The processor as Linux names it, else as Python does."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _now() -> str:

@@ -47,10 +47,12 @@ class Run:
 
     @property
     def title(self) -> str:
+        """The benchmark's, empty where it is not known."""
         return str(self.summary.get("title") or "")
 
     @property
     def tables(self) -> Sequence[Mapping[str, Any]]:
+        """Those of the summary that hold rows."""
         return [table for table in self.summary.get("tables", []) if isinstance(table.get("rows"), list)]
 
     def groups(self) -> dict[str, list[str]]:

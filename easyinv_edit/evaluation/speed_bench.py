@@ -6,8 +6,6 @@ MasaCtrl is held against a plain one of the same rows, in turns, so that a machi
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +21,9 @@ from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import InputError
 from easyinv_edit.evaluation import shapes
+from easyinv_edit.evaluation.environment import machine
 from easyinv_edit.evaluation.shapes import RandomModel, Shape
 from easyinv_edit.inversion import INVERSIONS
-from easyinv_edit.result import versions
 from easyinv_edit.rows import streams_of
 from easyinv_edit.sampling import sample
 from easyinv_edit.trajectory import Trajectory
@@ -223,23 +221,7 @@ def require_memory(plan: Plan, name: str, shape: Shape) -> None:
 
 
 def environment(plan: Plan) -> dict[str, Any]:
-    """The machine and the software the numbers are of."""
+    """The machine and the software the numbers are of, and what memory means there."""
     cuda = plan.device.type == "cuda"
-    return {
-        "device": str(plan.device),
-        "gpu": torch.cuda.get_device_name(plan.device) if cuda else None,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "memory": "peak of the CUDA allocator" if cuda else "largest resident size of the process so far",
-        "versions": versions(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it, else as Python does."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    memory = "peak of the CUDA allocator" if cuda else "largest resident size of the process so far"
+    return {**machine(plan.device), "dtype": str(plan.dtype).removeprefix("torch."), "memory": memory}
