@@ -112,11 +112,20 @@ def _wrong_methods(given: Mapping[str, Any]) -> Iterator[Problem]:
                 yield from (((*path, *below), problem) for below, problem in _wrong_keys(entry, extra))
 
 
+EXAMPLES = {
+    variants.SOURCE_WORD: "word",
+    variants.TARGET_WORD: "word",
+    variants.SOURCE_MASK: "mask.png",
+    variants.TARGET_MASK: "mask.png",
+}
+"""For a check of settings, before there is an item to fill them."""
+
+
 def _settings(key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method, with words where an item's will stand."""
+    """The settings of a method, with examples where an item's words and masks will stand."""
     if key == "inversions":
         return variants.without(entry, variants.INVERSION_KEYS)
-    return variants.filled(variants.controller_of(entry), ("word", "word"))
+    return variants.filled(variants.controller_of(entry), EXAMPLES)
 
 
 def _wrong_keys(entry: Mapping[str, Any], extra: type[Any]) -> Iterator[Problem]:

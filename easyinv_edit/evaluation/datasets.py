@@ -60,12 +60,14 @@ class EditItem(Item):
     """A picture and an edit of it; its `prompt` is the source prompt, its `group` the kind of edit.
 
     target_prompt: what the edited picture shows; words: the edited thing's word in the source and in the target prompt, for
-    controls that blend by words; region: makes the mask; true_source: the edited picture as it should be, where that is known.
+    controls that blend by words; region: makes the mask; outlines: makes the masks; true_source: the edited picture as it
+    should be, where that is known.
     """
 
     target_prompt: str
     words: tuple[str, str] | None = None
     region: Callable[[], Tensor] | None = None
+    outlines: Callable[[], tuple[Tensor, Tensor]] | None = None
     true_source: Source | None = None
 
     @property
@@ -77,6 +79,14 @@ class EditItem(Item):
     def mask(self) -> Tensor | None:
         """The region to be edited: (height, width) of the picture, float32, 1 inside and 0 outside; None where unknown."""
         return None if self.region is None else self.region()
+
+    @property
+    def masks(self) -> tuple[Tensor, Tensor] | None:
+        """Where the edited thing is and where it should come to be, for controls that take masks: each like `mask`, maybe soft;
+        that region twice where no more is known."""
+        if self.outlines is not None:
+            return self.outlines()
+        return None if (mask := self.mask) is None else (mask, mask)
 
     @property
     def truth(self) -> Image.Image | None:
@@ -131,6 +141,7 @@ def _tabletop_edit(seed: int, case: Case, size: int) -> TabletopEdit:
         target_prompt=case.prompt,
         words=(case.source.shape, case.truth.shape),
         region=partial(_edited_region, case, size),
+        outlines=partial(_outlines, case, size),
         true_source=partial(_rendered, case.truth, size),
         case=case,
     )
@@ -138,6 +149,11 @@ def _tabletop_edit(seed: int, case: Case, size: int) -> TabletopEdit:
 
 def _rendered(scene: Scene, size: int) -> Image.Image:
     return images.to_pil(render([scene], size)[0] * 2 - 1)[0]
+
+
+def _outlines(case: Case, size: int) -> tuple[Tensor, Tensor]:
+    before, after = render([case.source, case.truth], size)[1][:, 0]
+    return before, after
 
 
 def _edited_region(case: Case, size: int) -> Tensor:

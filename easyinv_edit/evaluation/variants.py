@@ -19,7 +19,9 @@ CEILING = "autoencoder alone"
 BASELINE = "none"
 """The control that the others' gains are against."""
 SOURCE_WORD, TARGET_WORD = "{source_word}", "{target_word}"
-"""Stand in a control's settings for the item's own words; a setting is left out where the item has none."""
+SOURCE_MASK, TARGET_MASK = "{source_mask}", "{target_mask}"
+STANDINS = (SOURCE_WORD, TARGET_WORD, SOURCE_MASK, TARGET_MASK)
+"""Stand in a control's settings for the item's own words and masks; a setting is left out where the item has none."""
 INVERSION_KEYS = ("label", "num_inference_steps", "pin_source")
 """Keys of an inversion in a configuration that are not the method's settings."""
 CONTROL_KEYS = ("label", "source_prompt")
@@ -34,6 +36,7 @@ CONTROLS: dict[str, Mapping[str, Any]] = {
         "target_words": TARGET_WORD,
         "mask_threshold": 0.25,
     },
+    "masactrl, masks": {"name": "masactrl", "source_mask": SOURCE_MASK, "target_mask": TARGET_MASK},
     "prompt_to_prompt, blend": {
         "name": "prompt_to_prompt",
         "blend_source": SOURCE_WORD,
@@ -73,7 +76,8 @@ class Variant:
 
     def controller(self, item: EditItem) -> dict[str, Any]:
         """The controller and its settings for one item."""
-        return filled(self.settings or {}, item.words)
+        settings = self.settings or {}
+        return filled(settings, known_of(item)) if _mentioned(settings) else dict(settings)
 
 
 def variants(config: Benchmark) -> list[Variant]:
@@ -160,24 +164,36 @@ def without(given: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in tuple(keys)}
 
 
-def filled(settings: Mapping[str, Any], words: tuple[str, str] | None) -> dict[str, Any]:
-    """Settings with an item's words in place of `SOURCE_WORD` and `TARGET_WORD`."""
-    if words is None:
-        return {key: value for key, value in settings.items() if not _mentions(value)}
-    return {key: _replaced(value, words) for key, value in settings.items()}
+def known_of(item: EditItem) -> dict[str, Any]:
+    """What an item puts in place of `STANDINS`."""
+    words = {} if item.words is None else dict(zip((SOURCE_WORD, TARGET_WORD), item.words, strict=True))
+    masks = {} if item.masks is None else dict(zip((SOURCE_MASK, TARGET_MASK), item.masks, strict=True))
+    return {**words, **masks}
 
 
-def _mentions(value: Any) -> bool:
+def filled(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what is known in place of `STANDINS`, less those that need more; a mask is a setting's whole value."""
+    return {key: _replaced(value, known) for key, value in settings.items() if _mentioned(value) <= known.keys()}
+
+
+def _mentioned(value: Any) -> set[str]:
+    """The stand-ins that a setting holds."""
     if isinstance(value, Mapping):
-        return any(_mentions(part) for pair in value.items() for part in pair)
+        return {name for pair in value.items() for part in pair for name in _mentioned(part)}
     if isinstance(value, list | tuple):
-        return any(map(_mentions, value))
-    return isinstance(value, str) and (SOURCE_WORD in value or TARGET_WORD in value)
+        return {name for part in value for name in _mentioned(part)}
+    return {name for name in STANDINS if name in value} if isinstance(value, str) else set()
 
 
-def _replaced(value: Any, words: tuple[str, str]) -> Any:
+def _replaced(value: Any, known: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping):
-        return {_replaced(key, words): _replaced(below, words) for key, below in value.items()}
+        return {_replaced(key, known): _replaced(below, known) for key, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_replaced(part, words) for part in value]
-    return value.replace(SOURCE_WORD, words[0]).replace(TARGET_WORD, words[1]) if isinstance(value, str) else value
+        return [_replaced(part, known) for part in value]
+    if not isinstance(value, str):
+        return value
+    if value in known:
+        return known[value]
+    for name in (SOURCE_WORD, TARGET_WORD):
+        value = value.replace(name, known.get(name, name))
+    return value

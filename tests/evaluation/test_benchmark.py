@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from easyinv_edit.errors import RecipeError
-from easyinv_edit.evaluation import columns
+from easyinv_edit.evaluation import columns, suite
 from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping, parse, read, recipe_files
-from easyinv_edit.evaluation.variants import CEILING, CONTROLS, filled, groups, variants
+from easyinv_edit.evaluation.datasets import EditItem
+from easyinv_edit.evaluation.variants import CEILING, CONTROLS, Variant, filled, groups, variants
 
 SHIPPED = {"paper_table1", "paper_table2", "pie_bench", "tabletop_edits", "tabletop_reconstruction"}
 INVERSIONS = "kind: inversion\ntitle: t\ndata: {set: tabletop, count: 2}\ninversions: [ddim, easyinv]\n"
@@ -241,13 +245,38 @@ SETTINGS: Mapping[str, object] = {
 
 
 def test_a_controls_words_are_the_items() -> None:
-    assert filled(SETTINGS, ("cat", "dog")) == {
+    assert filled(SETTINGS, {"{source_word}": "cat", "{target_word}": "dog"}) == {
         "name": "prompt_to_prompt",
         "blend_source": "cat",
         "reweight": {"dog": 2},
         "cross_steps": 0.4,
     }
-    assert filled(SETTINGS, None) == {"name": "prompt_to_prompt", "cross_steps": 0.4}
+    assert filled(SETTINGS, {"{source_word}": "cat"}) == {
+        "name": "prompt_to_prompt",
+        "blend_source": "cat",
+        "cross_steps": 0.4,
+    }
+    assert filled(SETTINGS, {}) == {"name": "prompt_to_prompt", "cross_steps": 0.4}
+
+
+def test_a_controls_masks_are_the_items_and_left_out_where_it_has_none() -> None:
+    case = suite.cases(["move"], 1)[0]
+    (move,) = suite.items(32, ["move"], 1)
+    masked = controlled("masactrl, masks")
+    settings = masked.controller(move)
+    before, after = (mask[0, 0] for mask in suite.masks([case], 32))
+    assert torch.equal(settings["source_mask"], before)
+    assert torch.equal(settings["target_mask"], after)
+    bare = EditItem("x", Image.new("RGB", (8, 8)), target_prompt="a dog")
+    assert masked.controller(bare) == {"name": "masactrl"}
+    region = dataclasses.replace(bare, region=lambda: torch.eye(8))
+    assert all(torch.equal(mask, torch.eye(8)) for name, mask in masked.controller(region).items() if name != "name")
+
+
+def controlled(control: str) -> Variant:
+    """The line of a benchmark under one control."""
+    (line,) = variants(parse(EDITS, "b.yaml", [f"controls=[{control!r}]"]))
+    return line
 
 
 # --- what is shipped ----------------------------------------------------------------------------------------------------

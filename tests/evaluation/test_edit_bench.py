@@ -18,7 +18,7 @@ from easyinv_edit.evaluation.datasets import TabletopEdit, tabletop_edits
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.evaluation.runner import run
-from easyinv_edit.evaluation.variants import filled
+from easyinv_edit.evaluation.variants import filled, known_of
 from easyinv_edit.images import load, to_tensor
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop import judge as judging
@@ -189,7 +189,7 @@ def test_every_control_can_be_built_for_every_item(name: str, pipe: EditPipeline
     for task in ALL_TASKS.values():
         (item,) = tabletop_edits(task, SEED, 1, SIZE)
         made = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=2)
-        control = filled(bench.CONTROLS[name], item.words)
+        control = filled(bench.CONTROLS[name], known_of(item))
         result = pipe.edit(made, item.target_prompt, control=control, guidance_scale=3.0, output_type="latent")
         assert isinstance(result.images, torch.Tensor)
         assert result.images.shape == made.clean.shape
