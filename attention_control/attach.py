@@ -80,9 +80,9 @@ def _copy_feature(unet: nn.Module, feature: FeatureCopy, sites: int, session: Se
         raise ControlError(f"the UNet has no module {path!r} whose features could be copied") from error
 
     def copy(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if not session.copies(feature.path):
+        streams = session.copies(feature.path)
+        if streams is None:
             return output
-        streams = session.streams
         return _rows_of(output, [i if row.role == "source" else streams.source_of(i) for i, row in enumerate(streams.rows)])
 
     return module.register_forward_hook(copy)

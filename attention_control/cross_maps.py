@@ -17,25 +17,39 @@ FEWEST_TOKENS = 200
 as the papers do."""
 
 
+Stream = tuple[Role, int]
+
+
 @dataclass
 class CrossMaps:
     """Means over heads, sites and steps so far, float32, (text tokens, h, w) at one size. Conditional rows only."""
 
     size: tuple[int, int]
-    _sums: dict[tuple[Role, int], Tensor] = field(default_factory=dict)
-    _counts: dict[tuple[Role, int], int] = field(default_factory=dict)
+    _sums: dict[Stream, Tensor] = field(default_factory=dict)
+    _counts: dict[Stream, Tensor] = field(default_factory=dict)
+    _new: dict[Stream, Tensor] = field(default_factory=dict)
+    _added: dict[Stream, int] = field(default_factory=dict)
 
     def add(self, role: Role, index: int, probabilities: Tensor) -> None:
         """Probabilities (heads, places, text tokens) of one site and row."""
         mean = probabilities.detach().float().mean(0).transpose(0, 1).reshape(-1, *self.size)
         key = (role, index)
-        self._sums[key] = self._sums[key] + mean if key in self._sums else mean
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._new[key] = self._new[key] + mean if key in self._new else mean
+        self._added[key] = self._added.get(key, 0) + 1
 
     def of(self, role: Role, index: int) -> Tensor | None:
         """The map of a stream (text tokens, h, w), or None before anything was seen of it."""
         key = (role, index)
-        return self._sums[key] / self._counts[key] if key in self._sums else None
+        sums = [kept[key] for kept in (self._sums, self._new) if key in kept]
+        return sum(sums[1:], start=sums[0]) / (self._counts.get(key, 0) + self._added.get(key, 0)) if sums else None
+
+    def fold(self) -> None:
+        """Take what a UNet call added into the sums. Inside a call nothing may depend on how many came before, or a compiled
+        one would be compiled again at every step."""
+        for key, new in self._new.items():
+            self._sums[key] = self._sums[key] + new if key in self._sums else new
+            self._counts[key] = self._counts.get(key, torch.tensor(0)) + self._added[key]
+        self._new, self._added = {}, {}
 
 
 def map_sites(sites: Sequence[AttentionSite], latent_size: tuple[int, int]) -> tuple[list[AttentionSite], tuple[int, int]]:

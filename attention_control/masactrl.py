@@ -25,7 +25,7 @@ from attention_control.blends import KeepBackground
 from attention_control.masks import GivenMask, RouteMask, WordMask
 from attention_control.routes import Route
 from attention_control.run import Program, Run
-from attention_control.settings import Mask, Share, Sites, Step
+from attention_control.settings import Mask, Phrases, Share, Sites, Step
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -38,8 +38,9 @@ class MasaCtrl:
     strength: 1 reads only the source, 0 is plain attention, between them source
     and own keys are joined with these log-weights.
 
-    source_mask, target_mask: pictures (white is foreground) or arrays; or by words of the prompts: source_words, target_words,
-    one text that stands in every prompt, with mask_threshold in [0, 1] of their scaled cross-attention. Without a source mask
+    source_mask, target_mask: pictures (white is foreground) or arrays; or by words of the prompts: source_words, and
+    target_words, one text that stands in every target prompt or a list of one for each, with mask_threshold in [0, 1] of their
+    scaled cross-attention. Without a source mask
     the foreground reads everything; without a target mask everything is foreground. keep_background: outside the masks the
     source's latents are put back after every step, which keeps it exactly. Cost: the source's row at every controlled step, at
     all of them with words or keep_background.
@@ -52,7 +53,7 @@ class MasaCtrl:
     source_mask: Mask = None
     target_mask: Mask = None
     source_words: str = ""
-    target_words: str = ""
+    target_words: Phrases = ""
     mask_threshold: Share = 0.1
     keep_background: bool = False
 
@@ -76,8 +77,7 @@ class MasaCtrl:
     def _mask(self, run: Run) -> RouteMask | None:
         if self.source_words or self.target_words:
             source = run.source_words("source_words").find(self.source_words) if self.source_words else []
-            targets = [run.words[1 + i].find(self.target_words) if self.target_words else [] for i in run.targets]
-            return WordMask(tuple(source), tuple(map(tuple, targets)), self.mask_threshold)
+            return WordMask(tuple(source), run.target_tokens(self.target_words, "target_words"), self.mask_threshold)
         if self.source_mask is None and self.target_mask is None:
             return None
         masks = [None if given is None else run.mask(given) for given in (self.source_mask, self.target_mask)]

@@ -81,14 +81,14 @@ class BoxBias:
         """Whether it still acts."""
         return step < self.stop
 
-    def bias(self, step: int, target: int, size: tuple[int, int]) -> Tensor | None:
+    def bias(self, step: Tensor, target: int, size: tuple[int, int]) -> Tensor | None:
         """(places, text tokens)."""
         inside = box_mask(self.box, size).flatten()
         added = torch.zeros(inside.numel(), self.lengths[target], dtype=torch.float64)
         added[:, list(self.tokens[target])] = (self.strength * (2 * inside - 1))[:, None]
         return added
 
-    def edit(self, step: int, target: int, source: Tensor, own: Tensor) -> Tensor:
+    def edit(self, step: Tensor, target: int, source: Tensor, own: Tensor) -> Tensor:
         """Probabilities are left alone."""
         return own
 

@@ -78,10 +78,10 @@ def _masks(
 class CrossCall:
     """What is watched and changed at one cross-attention site in one call: the conditional rows of source and targets.
 
-    maps: where what is seen is kept, or None; size: the site's grid.
+    step: which of the run's, 0-dim; maps: where what is seen is kept, or None; size: the site's grid.
     """
 
-    step: int
+    step: Tensor
     streams: Streams
     edits: Sequence[CrossEdit]
     maps: CrossMaps | None

@@ -25,7 +25,7 @@ from attention_control.blends import LocalBlend
 from attention_control.errors import ControlError
 from attention_control.routes import Route
 from attention_control.run import Program, Run
-from attention_control.settings import Share, Sites, Step
+from attention_control.settings import Phrases, Share, Sites, Step
 from attention_control.sites import resolve_step
 from attention_control.words import Words, is_mark, normal
 
@@ -38,7 +38,8 @@ class PromptToPrompt:
     its predecessor's map, and needs as many words in both; cross_steps: until when maps follow the source's, a whole number of
     steps or a share; word_steps: the same for single words of the target; reweight: factors on the maps of target words, while
     they follow; self_steps: until when self-attention follows, at `sites`; blend_source, blend_target: words outside of which
-    the source is put back, one or both; blend_threshold: of their maps, scaled by the maximum; blend_start: from when.
+    the source is put back, one or both, blend_target one text that stands in every target prompt or a list of one for each;
+    blend_threshold: of their maps, scaled by the maximum; blend_start: from when.
     Cost: the source's row while anything follows, at every step with blend words.
     """
 
@@ -49,7 +50,7 @@ class PromptToPrompt:
     self_steps: Step = 0.4
     sites: Sites = "tokens<=256, 4-9 of 16, 4-63 of 70"
     blend_source: str = ""
-    blend_target: str = ""
+    blend_target: Phrases = ""
     blend_threshold: Share = 0.3
     blend_start: Step = 0.2
 
@@ -66,7 +67,7 @@ class PromptToPrompt:
         return Program(
             routes=(route,) if follows else (),
             cross=(cross,) if cross.last > 0 else (),
-            blends=self._blend(source, targets, run),
+            blends=self._blend(source, run),
         )
 
     def _target(self, source: Words, target: Words, num_steps: int) -> TargetEdit:
@@ -80,11 +81,11 @@ class PromptToPrompt:
             factors[target.find(word)] = factor
         return TargetEdit(matrix, follows, stops, factors)
 
-    def _blend(self, source: Words, targets: list[Words], run: Run) -> tuple[LocalBlend, ...]:
+    def _blend(self, source: Words, run: Run) -> tuple[LocalBlend, ...]:
         if not self.blend_source and not self.blend_target:
             return ()
         theirs = tuple(source.find(self.blend_source)) if self.blend_source else ()
-        own = tuple(tuple(target.find(self.blend_target)) if self.blend_target else () for target in targets)
+        own = run.target_tokens(self.blend_target, "blend_target")
         return (LocalBlend(theirs, own, self.blend_threshold, resolve_step(self.blend_start, run.num_steps)),)
 
 
@@ -115,11 +116,11 @@ class WordEdit:
         """Whether any word still follows."""
         return step < self.last
 
-    def bias(self, step: int, target: int, size: tuple[int, int]) -> Tensor | None:
+    def bias(self, step: Tensor, target: int, size: tuple[int, int]) -> Tensor | None:
         """Logits are left alone."""
         return None
 
-    def edit(self, step: int, target: int, source: Tensor, own: Tensor) -> Tensor:
+    def edit(self, step: Tensor, target: int, source: Tensor, own: Tensor) -> Tensor:
         """Equations of the paper's section 3: replace or refine, then reweight."""
         edit = self.targets[target]
         now = (step < edit.stops).to(own)

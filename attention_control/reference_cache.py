@@ -6,13 +6,14 @@ half the memory, and any route can use it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from attention_control.errors import ControlError
+from attention_control.side_copies import SideCopies
 from attention_control.streams import StreamRow, Streams
 
 
@@ -22,8 +23,8 @@ class ReferenceCache:
 
     rows, frame, source: which source rows each holds, (steps, (height, width)) of the run, and a few values that tell the
     source; who fills it sets them; dtype: of storage, by default what they come in; device: where they lie, by default where
-    they come from; on the CPU of a CUDA run they lie in pinned memory and the next step's are fetched ahead; max_bytes: above
-    it ControlError says what would fit.
+    they come from; on the CPU of a CUDA run they lie in pinned memory and the next step's are fetched ahead; max_bytes: what
+    would exceed it is not kept, and raises ControlError.
     """
 
     rows: tuple[StreamRow, ...] = ()
@@ -33,12 +34,18 @@ class ReferenceCache:
     frame: tuple[int, tuple[int, int]] | None = None
     source: tuple[float, ...] | None = None
     _inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _ahead: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _ahead: dict[int, Callable[[], dict[str, Tensor]]] = field(default_factory=dict)
+    _copies: SideCopies | None = None
 
     @property
     def bytes(self) -> int:
         """How much is kept."""
         return sum(t.numel() * t.element_size() for sites in self._inputs.values() for t in sites.values())
+
+    @property
+    def stored(self) -> tuple[torch.dtype, torch.device] | None:
+        """In which dtype and where the inputs lie; None while nothing is kept."""
+        return next(((t.dtype, t.device) for sites in self._inputs.values() for t in sites.values()), None)
 
     @property
     def steps(self) -> list[int]:
@@ -56,8 +63,8 @@ class ReferenceCache:
         size = kept.numel() * kept.element_size() - (0 if before is None else before.numel() * before.element_size())
         if self.max_bytes is not None and self.bytes + size > self.max_bytes:
             raise ControlError(
-                f"the source's features need more than the {self.max_bytes:,} bytes allowed (at step {step}); allow more, "
-                "store them in half precision, or edit without keeping them"
+                f"the source's features need more than the {self.max_bytes:,} bytes allowed: {self.bytes:,} are kept, and step "
+                f"{step} needs {size:,} more at {path}; allow more, store them in half precision, or edit without keeping them"
             )
         self._inputs.setdefault(step, {})[path] = kept
 
@@ -71,12 +78,14 @@ class ReferenceCache:
 
     def get(self, step: int, path: str) -> tuple[Streams, Tensor]:
         """The source's rows and what they put into a site. Never written to."""
-        ahead = self._ahead.get(step, {})
+        ahead = self._ahead[step]() if step in self._ahead else {}
         return Streams(self.rows), ahead.get(path, self._inputs[step][path])
 
     def fetch(self, step: int, device: torch.device) -> None:
-        """Bring a step's inputs to the device without waiting, and let go of earlier ones."""
+        """Start to bring a step's inputs to a CUDA device while it computes, and let go of earlier ones; `get` waits for them.
+        On other devices, and for steps of which nothing is kept, nothing happens."""
         if device.type != "cuda" or step not in self._inputs or step in self._ahead:
             return
-        self._ahead = {s: sites for s, sites in self._ahead.items() if s >= step - 1}
-        self._ahead[step] = {path: t.to(device, non_blocking=True) for path, t in self._inputs[step].items()}
+        self._ahead = {s: copied for s, copied in self._ahead.items() if s >= step - 1}
+        self._copies = self._copies or SideCopies(device)
+        self._ahead[step] = self._copies.start(self._inputs[step])

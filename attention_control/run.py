@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Run:
     """num_steps: T; latent_size: (height, width); first_step: the step sampling starts at; words: of the source's prompt, then
     of each target's, where known; read_mask: turns what the user gave as a mask into a tensor (h, w) in [0, 1]; device: where
-    the UNet computes, by default where its weights are, which is not the same under offload."""
+    the UNet computes, by default where its weights are, which is not the same under offload; part: which targets the batch
+    holds, by default all."""
 
     num_steps: int
     latent_size: tuple[int, int]
@@ -30,11 +31,27 @@ class Run:
     words: Sequence[Words] = ()
     read_mask: Callable[[Any], Tensor] | None = None
     device: torch.device | None = None
+    part: Sequence[int] | None = None
 
     @property
-    def targets(self) -> range:
-        """Indices of the targets whose words are known."""
-        return range(max(0, len(self.words) - 1))
+    def targets(self) -> Sequence[int]:
+        """The batch's targets whose words are known, in its order."""
+        return range(max(0, len(self.words) - 1)) if self.part is None or not self.words else self.part
+
+    def target_tokens(self, phrases: str | tuple[str, ...], what: str) -> tuple[tuple[int, ...], ...]:
+        """Where phrases stand in the batch's targets: one text in all of them, or one for each of the edit's targets.
+
+        An empty text has no tokens. what: how to call the phrases in errors. Raises ControlError where they are another number
+        than the targets, or one does not stand in its prompt.
+        """
+        count = len(self.words) - 1
+        if not isinstance(phrases, str) and count > 0 and len(phrases) != count:
+            raise ControlError(
+                f"{what} holds {len(phrases)} texts, but there are {count} target prompts; write one for each, or a single "
+                "text that stands in every prompt"
+            )
+        texts = [(self.words[1 + i], phrases if isinstance(phrases, str) else phrases[i]) for i in self.targets]
+        return tuple(tuple(words.find(text)) if text else () for words, text in texts)
 
     def source_words(self, what: str) -> Words:
         """The source prompt's words. Raises ControlError where there are none."""
@@ -53,7 +70,8 @@ class Run:
 
 
 class CrossEdit(Protocol):
-    """A change of cross-attention, for conditional target rows. reads_source: whether it needs the source's row."""
+    """A change of cross-attention, for conditional target rows. reads_source: whether it needs the source's row. Inside the
+    UNet `step` is a 0-dim tensor: compiled code would be made anew for every Python number."""
 
     @property
     def reads_source(self) -> bool:
@@ -62,10 +80,10 @@ class CrossEdit(Protocol):
     def active(self, step: int) -> bool:
         """Whether it acts at `step`."""
 
-    def bias(self, step: int, target: int, size: tuple[int, int]) -> Tensor | None:
+    def bias(self, step: Tensor, target: int, size: tuple[int, int]) -> Tensor | None:
         """Added to the logits of a target: (tokens of the site, text tokens), or None."""
 
-    def edit(self, step: int, target: int, source: Tensor, own: Tensor) -> Tensor:
+    def edit(self, step: Tensor, target: int, source: Tensor, own: Tensor) -> Tensor:
         """New probabilities of a target from the source's and its own: (heads, tokens of the site, text tokens)."""
 
 

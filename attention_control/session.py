@@ -7,20 +7,22 @@
             targets = session.after(step, source, targets)
 
 The loop says which step it is and what its batch holds; nothing here counts attention calls. All run state lives in the
-session, so a controller can be used again and gives the same result.
+session, so a controller can be used again and gives the same result. A compiled UNet gets a graph for every set of things that
+act together (three at most for one controller, where the rows stay the same), and not one for every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from attention_control.attach import attached, watched
+from attention_control.call import Call
 from attention_control.cross_maps import CrossMaps
 from attention_control.errors import ControlError
 from attention_control.plans import CrossCall, row_plan
@@ -52,10 +54,7 @@ class Session:
     map_paths: frozenset[str]
     reference: ReferenceCache | None = None
     device: torch.device | None = None
-    _step: int = -1
-    _streams: Streams | None = None
-    _active: dict[str, Route] = field(default_factory=dict)
-    _fired: set[str] = field(default_factory=set)
+    _call: Call | None = None
 
     @property
     def num_steps(self) -> int:
@@ -85,22 +84,17 @@ class Session:
             raise ControlError(
                 f"step {step} is none of the run's 0 to {self.num_steps - 1}; attach with the run's own num_steps"
             )
-        active = {path: r for path, routes in self.routes.items() for r in routes if r.active(step, self.num_steps)}
-        self._active = active if streams.targets else {}
-        self._step, self._streams, self._fired = step, streams, set()
         if self.reference is not None and self.device is not None:
             self.reference.fetch(step, self.device)
             self.reference.fetch(step + 1, self.device)
+        self._require_sources(step, streams)
+        self._call = call = self._decided(step, streams)
         try:
-            self._require_sources()
             yield
-            if missed := set(self._active) - self._fired:
-                raise ControlError(
-                    f"attention control was bypassed at {sorted(missed)[0]} and {len(missed) - 1} more sites: something "
-                    "replaced the processors (attention slicing, for one); leave them alone while an edit runs"
-                )
+            call.require_reached()
         finally:
-            self._active, self._streams = {}, None
+            self._call = None
+            self.maps.fold()
 
     def after(self, step: int, source: Tensor, targets: Tensor) -> Tensor:
         """Latents of the targets (n, C, H, W) to go on with after `step`; source (1, C, H, W) is of the same level."""
@@ -110,40 +104,51 @@ class Session:
 
     def plan_for(self, path: str, batch_rows: int) -> RowPlan | None:
         """What the processor at `path` routes in the call at hand; None outside of `step` and where no route is active."""
-        route = self._active.get(path)
-        if route is not None and self._streams is not None and batch_rows != len(self._streams):
-            raise ControlError(f"the UNet was called with {batch_rows} rows, but the step declared {len(self._streams)}")
-        self._fired.add(path)
-        if route is None or self._streams is None:
+        call = self._call
+        route = None if call is None else call.routes.get(path)
+        if call is None or route is None:
             return None
-        reference = self._reference(path)
-        return row_plan(route, self._streams, reference, self._size(path), self.maps)
+        call.require_rows(batch_rows)
+        call.reached.add(path)
+        return row_plan(route, call.streams, call.reference.get(path), self._size(path), self.maps)
 
     def cross_plan(self, path: str, batch_rows: int) -> CrossCall | None:
         """What the processor at `path` watches and changes; None outside of `step`."""
-        if self._streams is None or not self._streams.targets:
+        call, recording = self._call, path in self.map_paths
+        if call is None or not call.streams.targets or not (call.edits or recording):
             return None
-        edits = [edit for edit in self.program.cross if edit.active(self._step)]
-        recording = path in self.map_paths
-        if not edits and not recording:
+        call.require_rows(batch_rows)
+        return CrossCall(call.step, call.streams, call.edits, self.maps if recording else None, self._size(path))
+
+    def copies(self, path: str) -> Streams | None:
+        """The rows of the call at hand, where the output of the module at `path` is copied from the source to the targets."""
+        call = self._call
+        if call is None or path not in call.copied:
             return None
-        if batch_rows != len(self._streams):
-            raise ControlError(f"the UNet was called with {batch_rows} rows, but the step declared {len(self._streams)}")
-        return CrossCall(self._step, self._streams, edits, self.maps if recording else None, self._size(path))
-
-    def copies(self, path: str) -> bool:
-        """Whether the output of the module at `path` is copied from the source in the call at hand."""
-        at = self._streams is not None and bool(self._streams.targets)
-        return at and any(f.path == path and f.active(self._step, self.num_steps) for f in self.program.features)
-
-    @property
-    def streams(self) -> Streams:
-        """The rows of the call at hand."""
-        assert self._streams is not None
-        return self._streams
+        call.reached.add(path)
+        return call.streams
 
     def record(self, path: str, hidden_states: Tensor) -> None:
         """A controlled run keeps nothing."""
+
+    def _decided(self, step: int, streams: Streams) -> Call:
+        """What a call with these rows does at a step; nothing where it has no targets."""
+        when = torch.tensor(step)
+        if not streams.targets:
+            return Call(streams, when)
+        routes = {path: r for path, routes in self.routes.items() for r in routes if r.active(step, self.num_steps)}
+        edits = [edit for edit in self.program.cross if edit.active(step)]
+        copied = frozenset(f.path for f in self.program.features if f.active(step, self.num_steps))
+        return Call(streams, when, routes, edits, copied, self._kept(step, streams))
+
+    def _kept(self, step: int, streams: Streams) -> dict[str, tuple[Streams, Tensor]]:
+        """Cached source rows by site, for a call that has none of its own."""
+        if self.reference is None or not self._cached(step) or any(row.role == "source" for row in streams.rows):
+            return {}
+        return {path: self.reference.get(step, path) for path in self._paths_at(step)}
+
+    def _paths_at(self, step: int) -> list[str]:
+        return [p for p, routes in self.routes.items() if any(r.active(step, self.num_steps) for r in routes)]
 
     def _routes_at(self, step: int) -> list[Route]:
         return [r for routes in self.routes.values() for r in routes if r.active(step, self.num_steps)]
@@ -152,23 +157,13 @@ class Session:
         return any(route.reads for route in self._routes_at(step))
 
     def _cached(self, step: int) -> bool:
-        paths = [p for p, routes in self.routes.items() if any(r.active(step, self.num_steps) for r in routes)]
-        return self.reference is not None and self.reference.holds(step, paths)
+        return self.reference is not None and self.reference.holds(step, self._paths_at(step))
 
-    def _reference(self, path: str) -> tuple[Streams, Tensor] | None:
-        """Cached source rows for a call that has none of its own."""
-        assert self._streams is not None
-        if self.reference is None or any(row.role == "source" for row in self._streams.rows):
-            return None
-        return self.reference.get(self._step, path)
-
-    def _require_sources(self) -> None:
-        assert self._streams is not None
-        reading = any(route.reads for route in self._active.values())
-        reading = reading and not self._cached(self._step)
-        reading = reading or any(edit.reads_source and edit.active(self._step) for edit in self.program.cross)
-        if reading and self._streams.targets:
-            self._streams.source_of(self._streams.targets[0])
+    def _require_sources(self, step: int, streams: Streams) -> None:
+        reading = self._routed(step) and not self._cached(step)
+        reading = reading or any(edit.reads_source and edit.active(step) for edit in self.program.cross)
+        if reading and streams.targets:
+            streams.source_of(streams.targets[0])
 
     def _size(self, path: str) -> tuple[int, int]:
         return self.sites[path].grid(self.run.latent_size)
@@ -183,19 +178,21 @@ def controlled(
     latent_size: tuple[int, int],
     first_step: int = 0,
     words: Sequence[Words] = (),
+    part: Sequence[int] | None = None,
     read_mask: Callable[[Any], Tensor] | None = None,
     reference: ReferenceCache | None = None,
 ) -> Iterator[Session]:
     """Control the attention of `unet` inside the block; its own processors are back afterwards, whatever happens inside.
 
     unet: a diffusers UNet; num_steps: T of the run; latent_size: (height, width) of its latents; first_step: where sampling
-    starts; words: of the source's prompt and of each target's, for controllers that point at words; read_mask: turns what a
+    starts; words: of the source's prompt and of each target's, for controllers that point at words; part: which of the targets
+    the batch holds, by default all; read_mask: turns what a
     controller holds as a mask into a tensor; reference: source rows computed before, for calls without source rows. Raises
     ControlError where a route finds no site, two routes meet at one site and step, the UNet is already controlled, or its
     projections are fused. Sites without a route keep the user's own processor objects (IP-Adapter, LoRA, attention backends)
     untouched.
     """
-    run = Run(num_steps, latent_size, first_step, tuple(words), read_mask)
+    run = Run(num_steps, latent_size, first_step, tuple(words), read_mask, part=part)
     program = controller.program(run)
     with attached(unet, program, run, Session, reference) as session:
         yield session

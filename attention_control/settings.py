@@ -23,3 +23,15 @@ def _mask(given: Any) -> Any:
 
 Mask = Annotated[Any, BeforeValidator(_mask)]
 """A picture's path, a PIL picture, an array or a tensor (h, w); white is 1."""
+
+
+def _phrases(given: Any) -> Any:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list | tuple) and any(given) and all(isinstance(text, str) for text in given):
+        return tuple(given)
+    raise ValueError("should be one text that stands in every target prompt, or a list with one text for each")
+
+
+Phrases = Annotated[str | tuple[str, ...], BeforeValidator(_phrases)]
+"""Words of the target prompts: one text, or one for each prompt, empty for none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from easyinv_edit.backbones.sd import same_model
@@ -24,6 +24,19 @@ def steps(num_inference_steps: int, method: Any = None) -> int:
             "renoise, fixed_point, edit_friendly or ddim"
         )
     return num_inference_steps
+
+
+DECIDED = ("num_inference_steps", "size", "fit", "method", "inversion", "inversion_guidance_scale", "source_prompt")
+"""What `invert` is told, by its names and by those of `EditPipeline.__call__`."""
+
+
+def decided(arguments: Iterable[str]) -> None:
+    """That an edit is not asked for what its inversion has decided. Raises TypeError, as for every unknown argument."""
+    if wrong := [name for name in arguments if name in DECIDED]:
+        raise TypeError(
+            f"{', '.join(wrong)}: decided when the image is inverted, and an edit cannot change it; invert the image again "
+            "with it, and edit that inversion"
+        )
 
 
 def some(given: Any, what: str) -> None:

@@ -69,7 +69,7 @@ def demo(output: Output = None, quiet: Quiet = False, json_: Json = False, debug
 @app.command()
 def edit(
     image: Annotated[str, typer.Argument(help="An image, an inversion made by `invert` (.safetensors), or scene:SEED.")],
-    prompt: Annotated[str, typer.Argument(help="What the edited image shall show.")],
+    prompt: Annotated[str, typer.Argument(help="What the edited image shall show; several: 'prompts=[FIRST, SECOND]'.")],
     overrides: Overrides = None,
     source_prompt: SourcePrompt = None,
     recipe: RecipeName = None,
@@ -83,10 +83,12 @@ def edit(
 
     An inversion file has already decided its image, source prompt, size, steps and inversion method; a recipe's are not used.
     """
-    given = {"image": image, "prompts": [prompt], "source_prompt": source_prompt, "output": output}
+    several = prompt.startswith("prompts=")
+    overrides = [*([prompt] if several else []), *(overrides or [])]
+    given = {"image": image, "prompts": None if several else [prompt], "source_prompt": source_prompt, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
     if image.endswith(".safetensors"):
-        _refuse_inversion_keys(overrides or [], source_prompt)
+        _refuse_inversion_keys(overrides, source_prompt)
     _carry_out(_recipe(recipe, _with_control(control, overrides), values), quiet, json_)
 
 
@@ -199,19 +201,27 @@ def _carry_out(recipe: EditRecipe, quiet: bool, json_: bool) -> None:
 
 
 def _with_control(control: str | None, overrides: list[str] | None) -> list[str]:
-    """`--control NAME` as the overrides it stands for, before those of its settings: the recipe's controller is forgotten."""
-    return [*([] if control is None else ["control=null", f"control.name={control}"]), *(overrides or [])]
+    """`--control NAME` as the override it stands for, before those of its settings: the recipe's controller is forgotten."""
+    return [*([] if control is None else [f"control={control}"]), *(overrides or [])]
 
 
 def _edit_text(facts: dict[str, Any], folder: str) -> str:
-    evaluations, seconds = facts["evaluations"], facts["seconds"]
     psnr, ceiling = (facts["reconstruction"].get(key) for key in ("psnr", "vae_psnr"))
+    kept = facts["source_features"]
+    features = "" if kept is None else f"source features {kept['bytes'] / 1e6:.1f} MB in {kept['dtype']}; "
     return (
         f"{folder}: {', '.join(facts['images'].values())}\n"
-        f"UNet evaluations: {evaluations['invert']} to invert, {evaluations['edit']} to edit; "
-        f"seconds: {seconds['invert']:.1f} and {seconds['edit']:.1f}; peak memory {facts['peak_memory_bytes'] / 1e9:.1f} GB; "
+        f"UNet evaluations: {_by_phase(facts['evaluations'])}; seconds: {_by_phase(facts['seconds'])}; "
+        f"peak memory {facts['peak_memory_bytes'] / 1e9:.1f} GB; {features}"
         f"reconstruction {_decibels(psnr)} (autoencoder alone {_decibels(ceiling)})"
     )
+
+
+def _by_phase(spent: dict[str, float]) -> str:
+    """What each phase of an edit took, in words; the style picture's inversion where there is one."""
+    words = {"invert": "to invert", "style": "to invert the style", "edit": "to edit"}
+    shown = [(spent[phase], what) for phase, what in words.items() if phase in spent]
+    return ", ".join(f"{value if isinstance(value, int) else f'{value:.1f}'} {what}" for value, what in shown)
 
 
 def _decibels(value: float | None) -> str:
@@ -221,20 +231,28 @@ def _decibels(value: float | None) -> str:
 def _recipe(name: str | None, overrides: list[str] | None, values: dict[str, Any]) -> EditRecipe:
     from easyinv_edit import recipe
 
+    _refuse_given_twice(overrides or [], values)
     if name is None:
         return recipe.parse("", "recipe", overrides or (), values)
     return recipe.read(config_file("recipes", name), overrides or (), values)
 
 
-INVERSION_KEYS = ("image", "source_prompt", "num_inference_steps", "inversion", "inversion_guidance_scale", "size", "fit")
+def _refuse_given_twice(overrides: list[str], values: dict[str, Any]) -> None:
+    """Raise InputError for overrides of keys that arguments and options of the command have set: one of both would be lost."""
+    from easyinv_edit.errors import InputError
+
+    if twice := [o for o in overrides if o.split("=")[0].split(".")[0] in values]:
+        hint = "; for several prompts leave PROMPT out" if any(o.startswith("prompts=") for o in twice) else ""
+        raise InputError(f"command line: {', '.join(map(repr, twice))}: given a second time; give each once{hint}")
 
 
 def _refuse_inversion_keys(overrides: list[str], source_prompt: str | None) -> None:
     from easyinv_edit.errors import InputError
+    from easyinv_edit.recipe import DECIDED, INVERSION_KEYS
 
     given = [o.split("=")[0] for o in overrides] + ([] if source_prompt is None else ["source_prompt"])
-    if wrong := [key for key in given if key.split(".")[0] in INVERSION_KEYS]:
-        raise InputError(f"{', '.join(wrong)}: decided when the inversion was made; give the image instead, or leave it out")
+    if wrong := [key for key in given if key.split(".")[0] in ("image", *INVERSION_KEYS)]:
+        raise InputError(f"{', '.join(wrong)}: {DECIDED}")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def inversion(
     if config is not None:
         _carry_out(*_configured(ctx, config, overrides, "inversion"), output, quiet, json_)
         return
-    _refuse_overrides(overrides)
+    _refuse_overrides(overrides, "--steps 10,20")
     from easyinv_edit.errors import InputError
     from easyinv_edit.evaluation.benchmark import from_mapping
     from easyinv_edit.inversion import INVERSIONS
@@ -107,7 +107,7 @@ def edits(
     if config is not None:
         _carry_out(*_configured(ctx, config, overrides, "edits"), output, quiet, json_)
         return
-    _refuse_overrides(overrides)
+    _refuse_overrides(overrides, "--tasks shape,colour")
     from easyinv_edit.evaluation.benchmark import from_mapping
     from easyinv_edit.evaluation.ground_truth import ALL_TASKS
     from easyinv_edit.evaluation.variants import CONTROLS
@@ -138,7 +138,7 @@ def cost(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Count evaluations, seconds and memory of MasaCtrl edits against the authors' four-row layout."""
+    """Count evaluations and seconds of MasaCtrl edits against the authors' four-row layout, and every controller's memory."""
     counts = _steps(prompts, "--prompts")
     terminal.settle(quiet)
     from easyinv_edit.evaluation import cost_bench
@@ -158,8 +158,8 @@ def cost(
         report = (lambda _text: None) if quiet or json_ else (lambda text: typer.echo(text, err=True))
         table += cost_bench.measure(pipe, image, given, steps=steps, guidance=guidance, report=report)
     memory = cost_bench.step_memory(pipe, pipe.backbone.native_size[0] // pipe.backbone.downscale)
-    extra = memory["controlled"] / memory["plain"] - 1
-    note = f"peak memory of a step of three rows: {memory['plain']:,} bytes plain, {extra:+.1%} under control"
+    shares = "; ".join(f"{row['control']} {row['extra']:+.1%}" for row in memory)
+    note = f"peak memory of a step against {memory[0]['plain']:,} bytes plain (three rows; those of two sources four): {shares}"
     facts = {"table": table, "memory": memory}
     terminal.show(facts, quiet, json_, lambda found: f"{markdown(found['table'], COST_COLUMNS)}\n\n{note}")
 
@@ -207,11 +207,14 @@ def _configured(ctx: typer.Context, name: str, overrides: Sequence[str] | None, 
     )
 
 
-def _refuse_overrides(overrides: Sequence[str] | None) -> None:
+def _refuse_overrides(overrides: Sequence[str] | None, several: str) -> None:
+    """Raise InputError for words that are no options; several: how one option is given several values."""
     from easyinv_edit.errors import InputError
 
-    if overrides:
+    if overrides and "=" in overrides[0]:
         raise InputError(f"{overrides[0]!r}: keys are of a benchmark's file; give it with --config, or use the options")
+    if overrides:
+        raise InputError(f"{overrides[0]!r}: belongs to no option; separate several values of one by commas, e.g. {several}")
 
 
 def _carry_out(config: Benchmark, text: str, output: str | None, quiet: bool, json_: bool) -> None:

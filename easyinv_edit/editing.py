@@ -14,12 +14,12 @@ from torch import Tensor
 from attention_control import Controller, ReferenceCache, Run, Session, Words, controlled
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import InputError
+from easyinv_edit.feature_storage import Auto, Exact, Features, FromInversion, Live, room_for
 from easyinv_edit.rows import laid_out, streams_of
 from easyinv_edit.sampling import Sampler, sample
 from easyinv_edit.source_features import evaluate_source, fingerprint, readable
 from easyinv_edit.trajectory import Trajectory
 
-MODES = ("auto", "live", "exact", "inversion")
 Progress = Callable[[int], AbstractContextManager[Callable[[], Any]]]
 """Total of steps -> a context that gives what to call after each."""
 OnStep = Callable[[int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -43,11 +43,11 @@ class Editing:
         start: Tensor,
         words: Sequence[Words],
         batch_size: int | None,
-        source_features: str | ReferenceCache,
+        source_features: Features,
         progress: Progress,
         on_step: OnStep | None,
-    ) -> Tensor:
-        """Latents (1 + targets, C, H, W) of level 0: the first source's, then the targets'.
+    ) -> tuple[Tensor, ReferenceCache | None]:
+        """Latents (1 + targets, C, H, W) of level 0: the first source's, then the targets'; and the source features read.
 
         denoiser, start: of all rows, sources first; words: of the source's prompt, then of each target's. A batch for which the
         device has no memory is halved; results do not depend on the batches.
@@ -64,9 +64,9 @@ class Editing:
             while parts:
                 part = parts.popleft()
                 rows = [*range(count), *part]
-                own = [words[0], *(words[1 + r - count] for r in part)]
+                held = [r - count for r in part]
                 try:
-                    done.append(self._batch(denoiser.select(rows), start[rows], own, reference, advance, on_step))
+                    done.append(self._batch(denoiser.select(rows), start[rows], words, held, reference, advance, on_step))
                     continue
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
@@ -74,7 +74,7 @@ class Editing:
                 half = len(part) // 2  # here, where the failed batch's tensors are free again
                 parts.extendleft([part[half:], part[:half]])
                 reference = reference or self._reference(denoiser, words, source_features, 2)
-        return torch.cat([done[0][:1], *(z[count:] for z in done)])
+        return torch.cat([done[0][:1], *(z[count:] for z in done)]), reference
 
     @property
     def _length(self) -> int:
@@ -84,35 +84,46 @@ class Editing:
         steps, size = len(self.sources.schedule), self.sources.latents.shape[-2:]
         return Run(steps, (size[0], size[1]), steps - self._length, tuple(words), self.read_mask, self.backbone.device)
 
-    def _reference(
-        self, denoiser: Denoiser, words: Sequence[Words], source_features: str | ReferenceCache, parts: int
-    ) -> ReferenceCache | None:
+    def _reference(self, denoiser: Denoiser, words: Sequence[Words], features: Features, parts: int) -> ReferenceCache | None:
         """The source's features, evaluated or kept before; None where its rows are to be beside the targets'."""
-        if isinstance(source_features, str) and source_features not in MODES:
-            raise InputError(f"source_features is {source_features!r}; choose {', '.join(MODES)}, or give a cache")
-        if source_features == "live" or (source_features == "auto" and parts == 1):
+        auto = isinstance(features, Auto)
+        if isinstance(features, Live) or (auto and parts == 1):
             return None
         steps = readable(self.backbone, self.control, self._run(words))
         if steps is None or not self.pinned or self.sampler.calls != 1:
-            if source_features == "auto":
+            if auto:
                 return None
-            given = "a cache" if isinstance(source_features, ReferenceCache) else repr(source_features)
+            given = "a cache" if isinstance(features, ReferenceCache) else repr(features.name)
             raise InputError(f"source_features {given} cannot be used: {self._why_not(steps)}; use 'live'")
-        if source_features == "inversion":
+        if isinstance(features, FromInversion):
             if self.sources.features is None:
                 raise InputError("source_features 'inversion': none were kept; invert with keep_features, or use 'exact'")
             return self._covering(self.sources.features, steps)
-        source = denoiser.select([0])
-        alike = all(self._alike(source, level) for level in range(1, len(denoiser.schedule) + 1))
-        read = any(route.halves == "both" for route in self.control.program(self._run(words)).routes)
-        both = read and not alike and any(scale != 1 for scale in denoiser.guidance[1:])
-        storage = source_features if isinstance(source_features, ReferenceCache) else ReferenceCache()
+        return self._evaluated(denoiser, steps, features, self._reads_both(denoiser, words))
+
+    def _evaluated(
+        self, denoiser: Denoiser, steps: dict[int, list[str]], features: Exact | ReferenceCache, both: bool
+    ) -> ReferenceCache | None:
+        """Exact features, from the cache where it is filled; None where there is no room for them and "auto" may do without."""
+        storage = features if isinstance(features, ReferenceCache) else features.cache()
         if storage.steps:
             if both and len(storage.rows) == 1:
                 raise InputError("the source features lack the unconditional half, which guided targets read; fill a new cache")
             return self._covering(storage, steps)
+        room = room_for(self.backbone.network, steps, 1 + both, self._frame[1], storage.dtype)
+        if (refusal := room.refusal(storage.max_bytes)) is not None:
+            if isinstance(features, Auto):
+                return None
+            raise InputError(refusal)
         storage.frame = self._frame
-        return evaluate_source(source, self.sampler, self.sources, steps, storage, both_halves=both)
+        return evaluate_source(denoiser.select([0]), self.sampler, self.sources, steps, storage, both_halves=both)
+
+    def _reads_both(self, denoiser: Denoiser, words: Sequence[Words]) -> bool:
+        """Whether targets read the source's unconditional half too, and it differs from the conditional one."""
+        source = denoiser.select([0])
+        alike = all(self._alike(source, level) for level in range(1, len(denoiser.schedule) + 1))
+        read = any(route.halves == "both" for route in self.control.program(self._run(words)).routes)
+        return read and not alike and any(scale != 1 for scale in denoiser.guidance[1:])
 
     def _why_not(self, steps: dict[int, list[str]] | None) -> str:
         if not self.pinned:
@@ -150,6 +161,7 @@ class Editing:
         denoiser: Denoiser,
         start: Tensor,
         words: Sequence[Words],
+        part: Sequence[int],
         reference: ReferenceCache | None,
         advance: Callable[[], Any],
         on_step: OnStep | None,
@@ -162,6 +174,7 @@ class Editing:
             latent_size=run.latent_size,
             first_step=run.first_step,
             words=words,
+            part=part,
             read_mask=self.read_mask,
             reference=reference,
         ) as session:

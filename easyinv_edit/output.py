@@ -30,13 +30,14 @@ def finish(
     cost: Mapping[str, Cost],
     output_type: str,
     pinned: bool,
+    features: Mapping[str, Any] | None,
 ) -> EditResult:
     """Build the result of an edit from its latents z (1 + targets, C, H, W), the source branch first.
 
     A pinned source branch ends as the encoded source itself, so its picture is decoded once for both.
     """
     if output_type == "latent":
-        return EditResult(z[1:], prompts, trajectory, recipe, cost)
+        return EditResult(z[1:], prompts, trajectory, recipe, cost, features=features)
     pixels = backbone.decode(torch.cat([trajectory.clean.to(z), z[1:] if pinned else z]))
     ceiling, reconstruction = pixels[:1], pixels[:1] if pinned else pixels[1:2]
     checked, flagged = backbone.check_pixels(pixels[-len(prompts) :])
@@ -60,6 +61,7 @@ def finish(
         edited=images.to_pil(checked),
         quality=quality,
         flagged=flagged,
+        features=features,
     )
 
 

@@ -30,6 +30,7 @@ from easyinv_edit.cost import Cost, measured
 from easyinv_edit.denoiser import Prompt
 from easyinv_edit.editing import Editing
 from easyinv_edit.errors import InputError, ModelError
+from easyinv_edit.feature_storage import Auto, Live, chosen_features, kept, recorded
 from easyinv_edit.images import ImageInput
 from easyinv_edit.inversion import INVERSIONS, InversionMethod, sampler_of
 from easyinv_edit.inversion.base import Generators
@@ -192,7 +193,7 @@ class EditPipeline:
         *,
         control: str | Mapping[str, Any] | Controller = "masactrl",
         style: Trajectory | None = None,
-        source_features: str | ReferenceCache = "auto",
+        source_features: str | Mapping[str, Any] | ReferenceCache = "auto",
         batch_size: int | None = None,
         guidance_scale: float = 7.5,
         source_guidance_scale: float | None = None,
@@ -210,10 +211,11 @@ class EditPipeline:
         and settings, or an object; style: a second inversion, of the same method and size, for controllers that read one;
         batch_size: targets sampled at once, by default all; source_features: "live" (the source's rows beside the targets'),
         "exact" (the pinned source evaluated once, before), "inversion" (kept by `invert(keep_features=...)`; an approximation),
-        "auto" (exact where the prompts take several batches, else live), or a `ReferenceCache`: an empty one says where, in
-        which dtype and within how many bytes exact features are kept, and can be given again for more prompts; guidance_scale:
-        of the targets, 1 or less turns guidance off; negative_prompt: None for the family's own (SDXL's is no text but zeros,
-        see `backbones.sdxl`); source_guidance_scale: of the source branch, by default that of the inversion, and without effect
+        "auto" (exact where the prompts take several batches and the features fit, else live), a mapping with one of these as
+        "name", where "exact" and "auto" take "dtype", "device" and "max_bytes" of what is kept (see `feature_storage`), or a
+        `ReferenceCache`: an empty one says the same, and can be given again for more prompts; guidance_scale: of the targets, 1
+        or less turns guidance off; negative_prompt: None for the family's own (SDXL's is no text but zeros, see
+        `backbones.sdxl`); source_guidance_scale: of the source branch, by default that of the inversion, and without effect
         where the source is pinned; pin_source: overwrite the source branch with the trajectory at every level, which makes its
         reconstruction exact; noise_mix: share in [0, 1] of fresh noise from `generator` in the targets' start (variance is
         kept), 1 forgetting the inverted noise; callback_on_step_end: may return changed "latents"; output_type: "pil" (at the
@@ -224,9 +226,11 @@ class EditPipeline:
         per step: one row per target, one more per guided target, and the source's row (with an unconditional twin where its
         prompt is not the negative one) where the controller reads it or it is not pinned.
         """
+        checks.decided(conditions)
         trajectory = source if isinstance(source, Trajectory) else self.invert(source)
         prompts = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
         chosen = build(CONTROLLERS, control, "controller")
+        features = chosen_features(source_features)
         checks.edit(prompts, noise_mix, output_type)
         sources = [trajectory] if style is None else [trajectory, style]
         checks.sources(sources, self.backbone, self.name, getattr(chosen, "sources", 1), getattr(chosen, "name", "control"))
@@ -243,14 +247,14 @@ class EditPipeline:
         edit = Editing(self.backbone, chosen, sampler, joined, pin_source, reader(trajectory.fit, self._pixels(start)))
         if self._frugal:
             batch_size = batch_size or 1
-            source_features = "live" if source_features == "auto" else source_features
+            features = Live() if isinstance(features, Auto) else features
         with self._working() as (_, cost):
-            z = edit.batches(
+            z, read = edit.batches(
                 denoiser,
                 start,
                 words_of(self.backbone, [rows[0].prompt, *prompts]),
                 batch_size,
-                source_features,
+                features,
                 lambda total: self._progress("editing", total),
                 None if callback_on_step_end is None else partial(callback_on_step_end, self),
             )
@@ -264,7 +268,7 @@ class EditPipeline:
             "guidance_scale": guidance_scale,
             "source_guidance_scale": source_guidance_scale,
             "pin_source": pin_source,
-            "source_features": source_features if isinstance(source_features, str) else "exact",
+            "source_features": recorded(features),
             "batch_size": batch_size,
             "noise_mix": noise_mix,
             "seed": None if generator is None else generator.initial_seed(),
@@ -272,6 +276,7 @@ class EditPipeline:
         }
         costs = {"invert": trajectory.cost, "edit": cost} | ({} if style is None else {"style": style.cost})
         options: dict[str, Any] = {"recipe": recipe, "cost": costs, "output_type": output_type, "pinned": pin_source}
+        options["features"] = kept(read)
         with ExitStack() as stack:
             stack.callback(self.backbone.release)
             return finish(self.backbone, trajectory, texts_of(prompts), z, **options)

@@ -23,11 +23,16 @@ from pydantic.dataclasses import dataclass
 from attention_control import CONTROLLERS
 from easyinv_edit.choices import build, nearest, plain, problems, shown
 from easyinv_edit.errors import RecipeError
+from easyinv_edit.feature_storage import FEATURES
 from easyinv_edit.inversion import INVERSIONS
 from easyinv_edit.models import OVERRIDES, on_disk, preset
 from easyinv_edit.places import Places, leaves, places_of
 
-REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"inversion": INVERSIONS, "control": CONTROLLERS}
+REGISTRIES: dict[str, Mapping[str, type[Any]]] = {
+    "inversion": INVERSIONS,
+    "control": CONTROLLERS,
+    "source_features": FEATURES,
+}
 
 
 def no_switch(value: Any) -> Any:
@@ -56,9 +61,9 @@ class EditRecipe:
     recipe; schedule: what of the scheduler's configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub
     name, and its strength; low_memory: see `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered
     tabletop scene; style: a second picture, for controllers that read one, with its prompt; prompts: one or more target
-    prompts; inversion, control: a name and that method's settings; source_features, batch_size: see `EditPipeline.edit`; seed:
-    of all noise that is drawn; size: one side, or [height, width], in pixels, by default the model's own; output: the folder
-    for pictures and result.json.
+    prompts; inversion, control: a name and that method's settings; source_features: a name, or {name: exact, dtype: float16,
+    device: cpu, max_bytes: 100000000}; that and batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size:
+    one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and result.json.
     """
 
     model: str = "embedded"
@@ -79,7 +84,7 @@ class EditRecipe:
     guidance_scale: Scale = 7.5
     source_guidance_scale: Scale | None = None
     pin_source: bool = True
-    source_features: Literal["auto", "live", "exact", "inversion"] = "auto"
+    source_features: Literal["auto", "live", "exact", "inversion"] | dict[str, Any] = "auto"
     batch_size: Annotated[int, BeforeValidator(no_switch), Field(ge=1, le=1024)] | None = None
     noise_mix: Share = 0.0
     seed: Seed | None = 0
@@ -90,8 +95,25 @@ class EditRecipe:
     output: str = "outputs/edit"
 
     def to_yaml(self) -> str:
-        """The recipe as YAML with every key written out; `read` gives it back equal."""
-        return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(self)))))
+        """The recipe as YAML with every key written out; `read` gives it back equal.
+
+        Keys that an inversion file given as the image has decided are left out: `read` refuses them, and nothing reads them.
+        """
+        content = dataclasses.asdict(self)
+        for key in decided_keys(content):
+            del content[key]
+        return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(content))))
+
+
+INVERSION_KEYS = ("source_prompt", "num_inference_steps", "inversion", "inversion_guidance_scale", "size", "fit")
+DECIDED = "decided when the inversion was made; give the image instead, or leave it out"
+
+
+def decided_keys(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that an inversion file given as the image has decided; a style picture is still inverted by most of them."""
+    if not str(content.get("image")).endswith(".safetensors"):
+        return ()
+    return INVERSION_KEYS if content.get("style") is None else ("source_prompt",)
 
 
 def _escaped(value: Any) -> Any:
@@ -119,16 +141,18 @@ def parse(
 ) -> EditRecipe:
     """Read a recipe from YAML text; `name` stands for the file in problems.
 
-    overrides: `key=value` or `group.key=value`, read as YAML; values: keys set as they are, over everything else. Raises
-    RecipeError with every problem, in the file's order.
+    overrides: `key=value` or `group.key=value`, read as YAML; values: keys set as they are, over everything else. Keys that an
+    inversion file has decided are problems where the file or the overrides set them beside it. Raises RecipeError with every
+    problem, in the file's order.
     """
     places, found = places_of(text, name)
     refuse_all(found)
     content, found = merged_content(text, name, places, overrides)
     refuse_all(found)
+    asked_again = [] if "image" in (values or {}) else [((key,), DECIDED) for key in decided_keys(content) if key in content]
     content = {**content, **(values or {})}
     content = _with_names({**_recommended(content.get("model")), **content})
-    problems_found = sorted(_check(content), key=lambda item: place_of(item[0], places))
+    problems_found = sorted([*_check(content), *asked_again], key=lambda item: place_of(item[0], places))
     refuse_all([problem_at(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)
 
@@ -159,7 +183,7 @@ def merged_content(text: str, name: str, places: Places, overrides: Sequence[str
         return {}, [_reference_problem(name, places, (), error)]
     for override in overrides:
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            merged = OmegaConf.merge(_spelled_out(merged, override), OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, TypeError, ValueError):
             return {}, [f"command line: {override!r}: does not fit what the recipe holds there; give the key's whole value"]
     try:
@@ -167,6 +191,13 @@ def merged_content(text: str, name: str, places: Places, overrides: Sequence[str
     except OmegaConfBaseException as error:
         return {}, [_reference_problem(name, places, overrides, error)]
     return {str(key): value for key, value in content.items()}, []
+
+
+def _spelled_out(content: Any, override: str) -> Any:
+    """The content with `control: x` as `control: {name: x}` where an override sets a key below it, which would else drop x."""
+    group, _, below = override.split("=")[0].partition(".")
+    short = below and below != "name" and group in REGISTRIES and isinstance(content.get(group), str)
+    return OmegaConf.merge(content, {group: {"name": content[group]}}) if short else content
 
 
 def _unreadable(override: str) -> str | None:
@@ -198,11 +229,11 @@ def _recommended(model: Any) -> dict[str, Any]:
 
 def _with_names(content: dict[str, Any]) -> dict[str, Any]:
     """`inversion: ddim` is short for `inversion: {name: ddim}`; settings without a name belong to the default method."""
-    defaults = {"inversion": "easyinv", "control": "masactrl"}
+    defaults = {"inversion": "easyinv", "control": "masactrl", "source_features": "auto"}
     result = dict(content)
     for key, default in defaults.items():
         value = content.get(key)
-        if isinstance(value, str):
+        if isinstance(value, str) and key != "source_features":
             result[key] = {"name": value}
         elif isinstance(value, dict):
             result[key] = {"name": default, **value}

@@ -32,7 +32,8 @@ class EditResult:
     """images: one edited picture per target prompt, in the form `output_type` asked for; reconstruction: the source branch,
     decoded, and source: the picture that was encoded, both at the model's size; trajectory: reuse it for more prompts;
     recipe: what decided the output, in a recipe's keys; cost: of inverting and of editing; quality: PSNR in dB of the
-    reconstruction and of the autoencoder's round trip, its ceiling; flagged: the safety checker's verdicts, or None."""
+    reconstruction and of the autoencoder's round trip, its ceiling; flagged: the safety checker's verdicts, or None; features:
+    bytes, dtype, device and budget of the source features that were kept for the targets, or None."""
 
     images: Any
     prompts: Sequence[str]
@@ -44,6 +45,7 @@ class EditResult:
     edited: Sequence[Image.Image] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
     flagged: Sequence[bool] | None = None
+    features: Mapping[str, Any] | None = None
 
     @cached_property
     def comparison(self) -> Image.Image:
@@ -63,6 +65,7 @@ class EditResult:
             "evaluations": {phase: cost.evaluations for phase, cost in self.cost.items()},
             "seconds": {phase: round(cost.seconds, 3) for phase, cost in self.cost.items()},
             "peak_memory_bytes": max(cost.peak_memory_bytes for cost in self.cost.values()),
+            "source_features": None if self.features is None else dict(self.features),
             "reconstruction": {key: round(value, 3) if math.isfinite(value) else None for key, value in self.quality.items()},
             "flagged": None if self.flagged is None else list(self.flagged),
             "versions": versions(),

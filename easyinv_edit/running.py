@@ -10,6 +10,7 @@ from PIL import Image
 
 from easyinv_edit.backbones import load_lora
 from easyinv_edit.errors import InputError, RecipeError
+from easyinv_edit.feature_storage import FromInversion, chosen_features
 from easyinv_edit.images import MIN_SIDE, load, to_pil
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.recipe import EditRecipe
@@ -85,7 +86,8 @@ def require_readable_masks(control: Any) -> None:
 
 def invert_recipe(recipe: EditRecipe, pipe: EditPipeline) -> Trajectory:
     """The inversion half of a recipe."""
-    return _inverted(recipe, pipe, recipe.image or "", recipe.source_prompt, recipe.source_features == "inversion")
+    keeping = isinstance(chosen_features(recipe.source_features), FromInversion)
+    return _inverted(recipe, pipe, recipe.image or "", recipe.source_prompt, keeping)
 
 
 def _inverted(recipe: EditRecipe, pipe: EditPipeline, image: str, prompt: str, keeping: bool = False) -> Trajectory:

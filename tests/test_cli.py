@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,23 @@ def test_quiet_prints_nothing(command: Command, photo: str, model: str, tmp_path
     assert (tmp_path / "a.safetensors").exists()
 
 
+def test_edit_takes_several_prompts(command: Command, photo: str, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, errors = command("edit", photo, "prompts=[a cube, a ball]", *QUICK, model, "-o", str(out), "--json")
+    assert (code, errors, json.loads(printed)["recipe"]["prompts"]) == (0, "", ["a cube", "a ball"])
+    assert {path.name for path in out.iterdir()} == (FILES - {"edited.png"}) | {"edited-1.png", "edited-2.png"}
+
+
+def test_the_style_pictures_inversion_is_told(command: Command, photo: str, model: str, tmp_path: Path) -> None:
+    given = ("edit", photo, "x", "-c", "portrait", f"style={photo}", *QUICK, model, "-o", str(tmp_path / "out"))
+    code, printed, errors = command(*given)
+    assert (code, errors) == (0, "")
+    spent = json.loads((tmp_path / "out" / "result.json").read_text())["evaluations"]
+    assert spent["style"] == 2
+    assert f"UNet evaluations: 2 to invert, 2 to invert the style, {spent['edit']} to edit; seconds: " in printed
+    assert re.search(r"seconds: \d+\.\d to invert, \d+\.\d to invert the style, \d+\.\d to edit;", printed)
+
+
 def test_a_stored_inversion_edits_like_the_image(command: Command, photo: str, model: str, tmp_path: Path) -> None:
     stored, one, two = tmp_path / "sub" / "a.safetensors", tmp_path / "one", tmp_path / "two"
     code, printed, _ = command("invert", photo, *QUICK, model, "-s", "a red ball", "-o", str(stored), "--json")
@@ -107,6 +125,20 @@ def test_run_carries_out_a_recipe_with_overrides(command: Command, model: str, t
     facts = json.loads((tmp_path / "out" / "result.json").read_text())
     assert facts["evaluations"] == {"invert": 2, "edit": 8}
     assert facts["recipe"]["image"] == "scene:20000001"
+
+
+def test_a_recipe_of_words_takes_masks_by_path(command: Command, model: str, tmp_path: Path) -> None:
+    """As the recipe's header says: beside them the words of the recipe would be refused."""
+    mask = tmp_path / "mask.png"
+    Image.new("L", (64, 64), 0).save(mask)
+    masks = (f"control.source_mask={mask}", f"control.target_mask={mask}", "control.keep_background=true")
+    given = ("run", "masactrl-masks", "-c", "masactrl", *masks, *QUICK, model, f"output={tmp_path / 'out'}", "--json")
+    code, printed, errors = command(*given)
+    assert (code, errors) == (0, "")
+    control = json.loads(printed)["recipe"]["control"]
+    assert (control["source_mask"], control["source_words"], control["keep_background"]) == (str(mask), "", True)
+    edited, kept = (np.asarray(Image.open(tmp_path / "out" / f"{name}.png")) for name in ("edited", "reconstruction"))
+    assert np.array_equal(edited, kept), "nothing is in the masks, so that all of the source is put back"
 
 
 def test_edit_starts_from_a_recipe(command: Command, photo: str, model: str, tmp_path: Path) -> None:
@@ -180,13 +212,13 @@ def test_ctrl_c_while_an_inversion_is_written(
 def test_recipes_list_show_and_check(command: Command) -> None:
     code, printed, _ = command("recipes", "list", "--json")
     listed = json.loads(printed)
-    assert (code, len(listed)) == (0, 16)
+    assert (code, len(listed)) == (0, 18)
     assert all("arXiv" in line and not line.startswith("#") for line in listed.values())
     text = command("recipes", "list")[1]
     assert [line.split()[0] for line in text.splitlines()] == list(listed)
     code, printed, _ = command("recipes", "show", "masactrl", "guidance_scale=3")
     assert (code, parse(printed).guidance_scale, parse(printed).control["name"]) == (0, 3.0, "masactrl")
-    assert command("recipes", "check", *listed) == (0, "16 recipes: no problems\n", "")
+    assert command("recipes", "check", *listed) == (0, "18 recipes: no problems\n", "")
 
 
 def test_doctor_reports_and_never_dies(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -99,6 +100,24 @@ def test_an_image_that_cannot_be_used(command: Command, home: Path, make: Callab
         (("edit", "photo.png", "x", "inversion=easyinf"), "'easyinf' is unknown; choose easyinv"),
         (("edit", "photo.png", "x", "control=masactl"), "did you mean 'masactrl'?"),
         (("edit", "photo.png", "x", "num_inference_steps=0"), "command line: 'num_inference_steps=0'"),
+        (
+            ("edit", "photo.png", "x", "prompts=[a,b]"),
+            "'prompts=[a,b]': given a second time; give each once; for several prompts",
+        ),
+        (
+            ("edit", "photo.png", "prompts=[a]", "image=b.png"),
+            "command line: 'image=b.png': given a second time; give each once",
+        ),
+        (("edit", "photo.png", "prompts=[]"), "prompts: is missing; an edit needs it"),
+        (("edit", "photo.png", "x", "-s", "a", "source_prompt=b"), "'source_prompt=b': given a second time; give each once"),
+        (("edit", "photo.png", "x", "-o", "a", "output=b"), "'output=b': given a second time"),
+        (("invert", "photo.png", "image=b.png"), "'image=b.png': given a second time"),
+        (("edit", "photo.png", "x", "-c", "masactl"), "'control=masactl': control.name: 'masactl' is unknown; choose none"),
+        (
+            ("edit", "photo.png", "x", "-c", "portrait"),
+            "'control=portrait': control: portrait reads a second picture; give it as",
+        ),
+        (("edit", "photo.png", "x", "control.source_mask=none.png"), "none.png: there is no such file; give the path"),
         (("edit", "photo.png", "x", "guidance_scale"), "write key=value, e.g. guidance_scale=5"),
         (("edit", "photo.png", "x", "model=${oc.env:HOME}"), "are not allowed"),
         (("edit", "", "x"), "image: is missing; an edit needs it"),
@@ -119,6 +138,12 @@ def test_an_image_that_cannot_be_used(command: Command, home: Path, make: Callab
 )
 def test_a_request_that_cannot_be_served(command: Command, arguments: tuple[str, ...], says: str) -> None:
     assert says in refused(command, *arguments)[0]
+
+
+@pytest.mark.usefixtures("no_model", "home")
+def test_what_a_controller_lacks_is_blamed_on_its_name(command: Command) -> None:
+    found = refused(command, "edit", "photo.png", "x", "-r", "masactrl", "--control", "object_add", "control.word=x", "-q")
+    assert found == ["error: command line: 'control=object_add': control.box: is missing; object_add needs it"]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -200,6 +225,22 @@ def test_what_an_inversion_has_decided_cannot_be_asked_again(command: Command, g
     line = refused(command, "edit", "a.safetensors", "x", given)[0]
     assert line.startswith(f"error: {given.split('=')[0]}: decided when the inversion was made")
     assert "source_prompt" in refused(command, "edit", "a.safetensors", "x", "-s", "a ball")[0]
+
+
+@pytest.mark.usefixtures("stored", "no_model")
+def test_a_recipe_cannot_ask_an_inversion_again_either(command: Command, home: Path) -> None:
+    (home / "mine.yaml").write_text("image: a.safetensors\nprompts: [x]\nnum_inference_steps: 5\nsize: 32")
+    for arguments in (("run", "mine.yaml"), ("recipes", "check", "mine.yaml")):
+        found = refused(command, *arguments, lines=2)
+        assert found[0].startswith("error: mine.yaml:3:1: num_inference_steps: decided when the inversion was made")
+        assert found[1].startswith("mine.yaml:4:1: size: decided when the inversion was made")
+
+
+def test_a_recipe_of_an_inversion_runs(command: Command, home: Path, model: str, stored: Trajectory) -> None:
+    (home / "mine.yaml").write_text("image: a.safetensors\nprompts: [x]\ncontrol: none\noutput: out")
+    assert command("run", "mine.yaml", model, "-q")[0] == 0
+    facts = json.loads((home / "out" / "result.json").read_text())
+    assert facts["recipe"]["num_inference_steps"] == len(stored.schedule) == 1
 
 
 @pytest.mark.usefixtures("no_model")

@@ -43,6 +43,7 @@ CONTROL_USERS = (
     "easyinv_edit/editing.py",
     "easyinv_edit/inverting.py",
     "easyinv_edit/source_features.py",
+    "easyinv_edit/feature_storage.py",
     "easyinv_edit/recipe.py",
     "easyinv_edit/cli.py",
     "easyinv_edit/evaluation/*",

@@ -153,6 +153,18 @@ def test_edit_refuses_in_one_line(untrained: EditPipeline, inverted: Trajectory,
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", [{"num_inference_steps": 20}, {"size": 64}, {"inversion": "ddim"}, {"source_prompt": "a"}])
+def test_an_edit_cannot_change_what_its_inversion_has_decided(
+    untrained: EditPipeline, inverted: Trajectory, picture: Image.Image, option: dict[str, Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(EditPipeline, "invert", None)  # a picture is refused before it is inverted for nothing
+    for source in (inverted, picture):
+        with pytest.raises(
+            TypeError, match=rf"^{next(iter(option))}: decided when the image is inverted.*invert the image again"
+        ):
+            untrained.edit(source, "x", **option)
+
+
 def test_a_controller_that_hits_nothing_is_refused(untrained: EditPipeline, inverted: Trajectory) -> None:
     with pytest.raises(ControlError, match="match none"):
         untrained.edit(inverted, "x", control=MasaCtrl(sites="90-95"))

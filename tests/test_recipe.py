@@ -12,7 +12,7 @@ import pytest
 
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.recipe import EditRecipe, parse, read
+from easyinv_edit.recipe import INVERSION_KEYS, EditRecipe, parse, read
 from easyinv_edit.tabletop.captions import vocabulary
 from easyinv_edit.tabletop.scene import WORDS, random_scene
 
@@ -23,6 +23,7 @@ NAMES = {
     "easyinv-paper-variant",
     "edit-friendly",
     "masactrl",
+    "masactrl-masks",
     "masactrl-union",
     "masactrl-words",
     "null-text",
@@ -32,6 +33,7 @@ NAMES = {
     "plug-and-play",
     "portrait",
     "prompt-to-prompt",
+    "prompt-to-prompt-reweight",
     "structure",
     "style-aligned",
 }
@@ -74,9 +76,9 @@ def test_a_written_recipe_reads_back_equal(recipe: EditRecipe) -> None:
         assert re.search(rf"^{field.name}:", recipe.to_yaml(), re.M)
 
 
-def test_the_shipped_recipes_are_the_promised_sixteen() -> None:
+def test_the_shipped_recipes_are_the_promised_eighteen() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
-    assert len(SHIPPED) == 16
+    assert len(SHIPPED) == 18
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -111,6 +113,13 @@ def test_a_shipped_recipe_describes_its_scene(path: Path) -> None:
         assert not recipe.source_prompt or told & said == facts
         assert not any(set(prompt.split(" on ")[0].split()) & set(WORDS["second"]) for prompt in recipe.prompts)
         assert all(len(set(prompt.split()) & said - facts) == 1 for prompt in recipe.prompts)
+
+
+def test_the_recipes_show_what_they_are_named_for() -> None:
+    shown = {path.stem: read(path).control for path in SHIPPED}
+    assert shown["masactrl-masks"]["keep_background"] is True
+    assert shown["prompt-to-prompt-reweight"]["mode"] == "refine"
+    assert shown["prompt-to-prompt-reweight"]["reweight"] == {"yellow": 2}
 
 
 def test_the_official_notebooks_values() -> None:
@@ -271,6 +280,35 @@ def test_a_wrong_override_is_blamed_on_the_command_line(override: str, says: str
 def test_mistakes_of_file_and_overrides_come_together() -> None:
     found = problems("fit: crp\nseed: 1", "seed=-1", "dtype=half")
     assert sorted(problem.split(": ")[0] for problem in found) == ["command line", "command line", "r.yaml:1:1"]
+
+
+ASKED_AGAIN = "source_prompt: a\nnum_inference_steps: 5\ninversion: ddim\ninversion_guidance_scale: 1\nsize: 64\nfit: pad\n"
+
+
+def test_what_an_inversion_file_has_decided_is_refused_key_by_key() -> None:
+    found = problems(f"image: a.safetensors\nprompts: [b]\n{ASKED_AGAIN}")
+    told = "decided when the inversion was made; give the image instead, or leave it out"
+    assert found == [f"r.yaml:{line}:1: {key}: {told}" for line, key in enumerate(INVERSION_KEYS, start=3)]
+    assert only("image: a.safetensors", "inversion.eta=1").startswith("command line: 'inversion.eta=1': inversion: decided")
+    assert only("size: 64", "image=a.safetensors").startswith("r.yaml:1:1: size: decided")
+    mixed = problems("image: a.safetensors\nsize: 64\nfit: crp", "seed=-1")
+    assert sorted(problem.split(": ")[0] for problem in mixed) == ["command line", "r.yaml:2:1", "r.yaml:3:1", "r.yaml:3:1"]
+
+
+def test_beside_an_inversion_file_everything_else_may_be_set() -> None:
+    recipe = parse("model: embedded\nimage: a.safetensors\nprompts: [b]\nguidance_scale: 3\ncontrol: none\nseed: 1")
+    assert (recipe.guidance_scale, recipe.control, recipe.seed) == (3, {"name": "none"}, 1)
+    assert parse(recipe.to_yaml()) == recipe
+    assert parse(f"image: a.png\n{ASKED_AGAIN}").num_inference_steps == 5
+    assert parse(f"image: a.png\n{ASKED_AGAIN}", values={"image": "a.safetensors"}).num_inference_steps == 5, "as `edit` does"
+    assert parse("model: sd-turbo\nimage: a.safetensors").num_inference_steps == 4, "a preset's key is nobody's mistake"
+
+
+def test_a_style_picture_beside_an_inversion_file_is_inverted_by_the_recipe() -> None:
+    text = "image: a.safetensors\nstyle: b.png\ncontrol: portrait\nnum_inference_steps: 20\ninversion: ddim"
+    assert parse(text).num_inference_steps == 20
+    assert parse(parse(text).to_yaml()) == parse(text)
+    assert only(text, "source_prompt=a face").startswith("command line: 'source_prompt=a face': source_prompt: decided")
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,11 @@ def draw(folder: Path, *, items: int = 8) -> list[Path]:
     """Draw everything the run's results allow into its folder `figures` and return the files, each whole or not there at all.
 
     grid*.png: a column per item, at most `items`, and a row per variant below the source and the true result; for each group of
-    items by itself, and the variants of one control together. grid-guided*.png: the same, sampled back at an edit's guidance.
-    latents*.png: source, the middle level's latent decoded, and result. pareto*.png: quality against evaluations, a plot per
-    table; without matplotlib a warning stands for them. The same folder gives the same bytes. Raises InputError where items is
-    below 1 or the folder cannot be written.
+    items by itself; where one page is not enough for all variants, a page with every control of each inversion, and one with
+    every inversion under each control. grid-guided*.png: the same, sampled back at an edit's guidance. latents*.png: source,
+    the middle level's latent decoded, and result. pareto*.png: quality against evaluations, a plot per table; without
+    matplotlib a warning stands for them. The same folder gives the same bytes. Raises InputError where items is below 1 or the
+    folder cannot be written.
     """
     if items < 1:
         raise InputError(f"items={items}: give a number of columns, 1 or more")
@@ -67,7 +68,7 @@ def _grids(run: Run, key: str, most: int) -> Iterator[tuple[str, Image.Image]]:
         items = _with_pictures(run, members, key)[:most]
         variants = [v for v in run.variants if any(run.tells(v, item, key) for item in items)]
         for part in _parts(run, variants):
-            rows = list(_variant_rows(run, part.variants, items, key))
+            rows = list(_variant_rows(run, part, items, key))
             if _shows(rows):
                 heads, title = [_head(run, item) for item in items], _title(run, guided[1], group, *part.words)
                 yield _joined("grid", guided[0], group, *part.names), page([*_references(run, items), *rows], heads, title)
@@ -81,34 +82,53 @@ def _with_pictures(run: Run, items: Sequence[str], key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Part:
-    """The variants of one page. control: theirs, where it tells pages apart; number, count: of the pages of that control."""
+    """The variants of one page. by: "control" or "inversion", which tells blocks of rows apart; name: the one that all have in
+    common, where it tells pages apart; number, count: of the pages of that name."""
 
     variants: Sequence[str]
-    control: str
-    number: int
-    count: int
+    by: str
+    name: str = ""
+    number: int = 1
+    count: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.control, str(self.number) if self.count > 1 else ""
+        return self.name, str(self.number) if self.count > 1 else ""
 
     @property
     def words(self) -> tuple[str, ...]:
-        return self.control, f"page {self.number} of {self.count}" if self.count > 1 else ""
+        return self.name, f"page {self.number} of {self.count}" if self.count > 1 else ""
 
 
 def _parts(run: Run, variants: Sequence[str]) -> Iterator[_Part]:
-    """Variants page by page: those of one control together, on pages of their own where one is not enough for all, and cut
-    evenly into pages of at most MOST_ROWS."""
-    by_control: dict[str, list[str]] = {}
-    for variant in variants:
-        by_control.setdefault(str(run.parts[variant].get("control") or ""), []).append(variant)
+    """Variants page by page: all of them, one control after the other, where a page is enough; else all controls of each
+    inversion, plain sampling first, and all inversions under each control."""
     if len(variants) <= MOST_ROWS:
-        by_control = {"": [variant for own in by_control.values() for variant in own]}
-    for control, own in by_control.items():
-        count = -(-len(own) // MOST_ROWS)
-        for i in range(count):
-            yield _Part(own[len(own) * i // count : len(own) * (i + 1) // count], control, i + 1, count)
+        yield _Part([variant for own in _by(run, "control", variants).values() for variant in own], "control")
+        return
+    shown: set[str] = set()
+    for inversion, own in _by(run, "inversion", variants).items():
+        if len(_by(run, "control", own)) > 1:
+            shown.update(own)
+            yield from _cut(sorted(own, key=lambda v: run.parts[v].get("control") != "none"), "inversion", inversion)
+    for control, own in _by(run, "control", variants).items():
+        if len(_by(run, "inversion", own)) > 1 or not shown.issuperset(own):
+            yield from _cut(own, "control", control)
+
+
+def _by(run: Run, key: str, variants: Sequence[str]) -> dict[str, list[str]]:
+    """Variants by their control or inversion."""
+    found: dict[str, list[str]] = {}
+    for variant in variants:
+        found.setdefault(str(run.parts[variant].get(key) or ""), []).append(variant)
+    return found
+
+
+def _cut(own: Sequence[str], by: str, name: str) -> Iterator[_Part]:
+    """Evenly into pages of at most MOST_ROWS."""
+    count = -(-len(own) // MOST_ROWS)
+    for i in range(count):
+        yield _Part(own[len(own) * i // count : len(own) * (i + 1) // count], by, name, i + 1, count)
 
 
 def _title(run: Run, *parts: str) -> str:
@@ -128,13 +148,13 @@ def _references(run: Run, items: Sequence[str]) -> Iterator[Row]:
             yield Row(label, cells)
 
 
-def _variant_rows(run: Run, variants: Sequence[str], items: Sequence[str], key: str) -> Iterator[Row]:
-    """A row per variant; those of another control than the one above stand apart."""
+def _variant_rows(run: Run, part: _Part, items: Sequence[str], key: str) -> Iterator[Row]:
+    """A row per variant; those of another control (or inversion) than the one above stand apart."""
     before: Any = ...
-    for variant in variants:
-        control = run.parts[variant].get("control")
-        yield Row(variant, [run.picture(variant, item, key) for item in items], apart=control != before)
-        before = control
+    for variant in part.variants:
+        here = run.parts[variant].get(part.by)
+        yield Row(variant, [run.picture(variant, item, key) for item in items], apart=here != before)
+        before = here
 
 
 def _head(run: Run, item: str) -> Head:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from attention_control import MasaCtrl, StreamRow, Streams, controlled
+from attention_control import CONTROLLERS, MasaCtrl, StreamRow, Streams, controlled
+from easyinv_edit.choices import build
 from easyinv_edit.cost import measured
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import ImageInput, to_unit
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.rows import streams_of
+from easyinv_edit.rows import streams_of, words_of
 from easyinv_edit.sampling import sample
 from easyinv_edit.trajectory import Trajectory
 
@@ -86,20 +87,40 @@ def _four_rows(pipe: EditPipeline, trajectory: Trajectory, prompt: str, guidance
     return z[1:]
 
 
+CONTROLS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name, **getattr(made, "example", {})} for name, made in CONTROLLERS.items() if name != "none"},
+    "masactrl, words": {"name": "masactrl", "source_words": "ball", "target_words": "ball"},
+    "prompt_to_prompt, blend": {"name": "prompt_to_prompt", "blend_source": "ball", "blend_target": "ball"},
+}
+"""Whose memory is measured, by what they are called in tables."""
+MEMORY_STEPS = (10, 40)
+"""Of 50: every route, edit and feature acts at one of them, and maps are kept by then."""
+
+
+def step_memory(pipe: EditPipeline, size: int) -> list[dict[str, Any]]:
+    """Peak bytes that a step of sources and a guided target allocates, plain and under each of `CONTROLS`; on the CPU, at a
+    latent side. extra: the share by which control exceeds the plain step of the same rows."""
+    return [{"control": name, **_memory(pipe, size, build(CONTROLLERS, given, "control"))} for name, given in CONTROLS.items()]
+
+
 @torch.no_grad()
-def step_memory(pipe: EditPipeline, size: int) -> dict[str, int]:
-    """Peak bytes that a step of source and guided target allocates, plain and under MasaCtrl; on the CPU, at a latent side."""
-    backbone = pipe.backbone
-    conditioning = backbone.embed(["", "a", "a"])
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(3, backbone.network.config.in_channels, size, size, generator=generator).to(backbone.device)
-    halves: tuple[Any, ...] = ("conditional", "unconditional", "conditional")
-    streams = Streams(tuple(StreamRow("source" if i == 0 else "target", 0, half) for i, half in enumerate(halves)))
-    with controlled(backbone.network, MasaCtrl(start_step=0), num_steps=1, latent_size=(size, size)) as session:
-        plain = _peak(lambda: backbone.predict(z, 500, conditioning))
-        with session.step(0, streams):
-            routed = _peak(lambda: backbone.predict(z, 500, conditioning))
-    return {"plain": plain, "controlled": routed}
+def _memory(pipe: EditPipeline, size: int, controller: Any) -> dict[str, Any]:
+    backbone, sources, prompts = pipe.backbone, getattr(controller, "sources", 1), ["a small ball", "a large ball"]
+    targets = [StreamRow("target", 0, "unconditional"), StreamRow("target", 0, "conditional")]
+    streams = Streams((*(StreamRow("source", i, "conditional") for i in range(sources)), *targets))
+    conditioning = backbone.embed([*prompts[:1] * sources, "", prompts[1]])
+    shape = len(streams), backbone.network.config.in_channels, size, size
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+
+    def evaluate() -> None:
+        backbone.predict(z, 500, conditioning)
+
+    plain, peaks, words = _peak(evaluate), [], words_of(backbone, prompts)
+    with controlled(backbone.network, controller, num_steps=50, latent_size=(size, size), words=words) as session:
+        for step in MEMORY_STEPS:
+            with session.step(step, streams):
+                peaks.append(_peak(evaluate))
+    return {"rows": len(streams), "plain": plain, "controlled": max(peaks), "extra": max(peaks) / plain - 1}
 
 
 def _peak(work: Callable[[], Any]) -> int:

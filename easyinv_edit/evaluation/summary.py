@@ -11,7 +11,8 @@ from typing import Any
 
 from easyinv_edit.evaluation.benchmark import Benchmark, Published, flat
 from easyinv_edit.evaluation.columns import COLUMNS, Measures, plain_name
-from easyinv_edit.evaluation.variants import BASELINE, Variant
+from easyinv_edit.evaluation.datasets import CAPTIONS
+from easyinv_edit.evaluation.variants import BASELINE, CEILING, Variant
 from easyinv_edit.model_check import examine
 from easyinv_edit.models import on_disk, preset
 
@@ -22,6 +23,14 @@ FORMS = {
     "masked_mean": "background columns count pixels outside the mask alone; PIE-Bench's count black ones inside it as equal "
     "(LPIPS and structure see black there in either form)",
 }
+PINNED = (
+    f"{CEILING} is what an edit with a pinned source, the default, reconstructs under every method, by construction; the other "
+    "rows are sampled back without the pin"
+)
+UNGUIDED = (
+    "guided columns repeat the others there, because guidance has no direction where the negative prompt is empty too (SDXL's "
+    "is zeros)"
+)
 
 
 def build(
@@ -47,7 +56,13 @@ def build(
         "columns": _columns(config, measures),
         "tables": tables,
         "published": [_published(config, lines, row) for row in config.published],
-        "notes": [*_protocol_notes(config), *_measure_notes(config, measures), *notes, *broken],
+        "notes": [
+            *_protocol_notes(config),
+            *_inversion_notes(config, measures, sound),
+            *_measure_notes(config, measures),
+            *notes,
+            *broken,
+        ],
     }
 
 
@@ -178,6 +193,18 @@ def _protocol_notes(config: Benchmark) -> list[str]:
 
 def _said(value: Any) -> str:
     return "unset" if value is None else str(value)
+
+
+def _inversion_notes(config: Benchmark, measures: Measures, rows: Sequence[Row]) -> list[str]:
+    """What the first row means for edits, and why guidance may have changed nothing."""
+    if config.kind != "inversion":
+        return []
+    bare, known = {row["item"] for row in rows if row.get("prompt") == ""}, {row["item"] for row in rows}
+    told = [PINNED]
+    if bare and not config.negative_prompt and any(name.endswith(", guided") for name in measures.names):
+        remedy = f"; a {CAPTIONS} in the folder (columns file, prompt) gives prompts" if config.data.set == "folder" else ""
+        told.append(f"{len(bare)} of {len(known)} pictures have no prompt: {UNGUIDED}{remedy}")
+    return told
 
 
 def _measure_notes(config: Benchmark, measures: Measures) -> list[str]:

@@ -34,7 +34,9 @@ class EditFriendly(InversionMethod):
 
     The noises travel as `extras["noises"]` (T, rows, C, H, W) and come from the generator; all rows of an edit share them.
     Their deviation is well above that of true noise, and sampling without them is no reconstruction. Cost: one evaluation per
-    level; the edit itself saves the skipped steps. Guidance above 1 does no harm here.
+    level; the edit itself saves the skipped steps. Guidance above 1 does no harm here. With a half-precision network it is
+    exact only until a latent, kept in float32, rounds to another value than on the way up: from there on the network's rounding
+    adds up, to some thousandths.
     """
 
     skip: Annotated[float, Field(ge=0, lt=1)] = 0.36

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import EasyInvWarning
@@ -28,6 +28,7 @@ from easyinv_edit.trajectory import Trajectory
 
 MEMORY = 2  # of Anderson's scheme; more gains nothing measurable
 NOTICEABLE = 1e-3  # residuals below are not warned of where the map expands,
+UNITS = 4  # nor those below so many units of a half-precision network's rounding, whose last iterates go up and down by it,
 FAR, ENOUGH = 0.1, 5  # nor those below this where it contracts but slowly, nor after fewer iterations
 RIDGE = 1e-8  # relative; keeps the least-squares problem solvable where iterates coincide
 
@@ -40,7 +41,8 @@ class FixedPoint(InversionMethod):
     alone is DDIM inversion; tolerance: a level is done once |F(x) - x| / |x| is below it in every row, 0 doing all iterations.
     The trajectory keeps that residual per level and row as `extras["residuals"]` (T, rows): within about ten times the error
     of the round trip. Warns, naming levels, where the map does not contract; the best iterate is kept. Cost: 1 + iterations
-    evaluations per level, fewer with a tolerance. Works with a half-precision UNet; its rounding then bounds the residual.
+    evaluations per level, fewer with a tolerance. Works with a half-precision UNet; its rounding then bounds the residual from
+    below, and what it explains is not warned of.
     """
 
     acceleration: Literal["anderson", "empirical", "none"] = "anderson"
@@ -96,7 +98,7 @@ class FixedPoint(InversionMethod):
             x = torch.where(_rows(least < self.tolerance), x, proposal)
             last = residual
         slow = (least > FAR) & (self.iterations >= ENOUGH)
-        return best, least, bool((slow | (ever_stuck & (least > NOTICEABLE))).any())
+        return best, least, bool((slow | (ever_stuck & (least > _noticeable(denoiser.backbone.network)))).any())
 
     def _next(self, pairs: deque[tuple[Tensor, Tensor]]) -> Tensor:
         image = pairs[-1][1]
@@ -119,6 +121,12 @@ def _anderson(pairs: deque[tuple[Tensor, Tensor]]) -> Tensor:
     weights = gamma.movedim(1, 0).to(images)[..., None, None]  # (m, rows, 1, 1, 1)
     proposal = images[-1] - (weights * (images[-1:] - images[:-1])).sum(0)
     return torch.where(proposal.isfinite(), proposal, images[-1])
+
+
+def _noticeable(network: nn.Module) -> float:
+    """The residual above which a map that expands is warned of: more than the network's own rounding makes."""
+    halves = {p.dtype for p in network.parameters()} & {torch.float16, torch.bfloat16}  # others are stored, not computed in
+    return max([NOTICEABLE, *(UNITS * torch.finfo(dtype).eps for dtype in halves)])
 
 
 def _norm(x: Tensor) -> Tensor:

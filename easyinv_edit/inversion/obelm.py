@@ -34,7 +34,9 @@ class OBELM(InversionMethod):
 
     Its sampler is its own. Extra: one latent, `extras["correction"]` (1, rows, C, H, W). With few steps the ratio of the first
     steps is large and z_T far from unit deviation. Raises ScheduleError on schedules with zero terminal SNR, whose last step is
-    infinitely long in its coordinates, or with a first step of no length. Cost: one evaluation per level and one more.
+    infinitely long in its coordinates, or with a first step of no length. Cost: one evaluation per level and one more. With a
+    half-precision network it is exact only until a latent, kept in float32, rounds to another value than on the way up: from
+    there on the network's rounding adds up, to some per cent in bfloat16.
     """
 
     name: ClassVar[str] = "obelm"

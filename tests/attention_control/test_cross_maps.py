@@ -80,6 +80,23 @@ def test_a_map_is_the_mean_over_heads_sites_and_steps_laid_out_as_the_grid() -> 
                 assert abs(found[token, y, x] - seen[:, :, 3 * y + x, token].mean()) <= SINGLE
 
 
+def test_what_earlier_calls_added_counts_as_much_as_what_this_one_did() -> None:
+    maps = CrossMaps((2, 3))
+    seen = torch.rand(6, 5, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for place, site in enumerate(seen):
+        maps.add("target", 0, site)
+        if place in (1, 4):
+            before = maps.of("target", 0)
+            maps.fold()
+            after = maps.of("target", 0)
+            assert before is not None
+            assert after is not None
+            assert torch.equal(before, after)
+    found = maps.of("target", 0)
+    assert found is not None
+    assert (found.flatten(1) - seen.mean((0, 1)).T).abs().max() <= SINGLE
+
+
 def test_streams_have_maps_of_their_own_and_none_before_they_were_seen() -> None:
     maps = CrossMaps((1, 1))
     maps.add("source", 0, torch.full((1, 1, 1), 0.25))

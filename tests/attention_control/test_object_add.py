@@ -99,6 +99,20 @@ def test_the_word_is_raised_where_it_stands_in_each_target(unet: UNet2DCondition
     assert distance(evaluate_with_words(unet, ObjectAdd("ball", LEFT), scene, streams, words=words), expected) <= EXACT
 
 
+@pytest.mark.parametrize("rows", [official_rows, single_source_rows, unguided_rows])
+def test_three_targets_equal_softmax_with_the_bias_of_each(unet: UNet2DConditionModel, rows: Any) -> None:
+    """Oblong; the word stands elsewhere in every prompt, and is of several tokens in one."""
+    size, box = CASES[1]
+    scene, streams = make_scene(targets=3, size=size), rows(3)
+    words = (WORDS[0], WORDS[1], Words(("ball", "and", "cube"), ((1, 2), (3,), (4,)), 7), Words(("ball",), ((1,),), 7))
+    biases = [raised(tokens, box) for tokens in ([3], [1, 2], [1])]
+    expected = evaluate_written(unet, scene, streams, bias=lambda row, size: biases[row.index](row, size)).outputs
+    out, plain = evaluate_with_words(unet, ObjectAdd("ball", box), scene, streams, words=words), evaluate(unet, scene, streams)
+    assert distance(out, expected) <= EXACT
+    targets = [StreamRow("target", i, "conditional") for i in range(3)]
+    assert all(distance({row: out[row]}, plain) > CLEAR for row in targets)
+
+
 def test_with_word_control_the_bias_comes_before_the_softmax_and_the_sources_map_after_it(unet: UNet2DConditionModel) -> None:
     scene, streams = make_scene(), official_rows()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from attention_control import ControlError, MasaCtrl, ReferenceCache, StreamRow, controlled, list_sites, recording
+from attention_control.side_copies import SideCopies
 from tests.attention_control.reference import STEPS, TIMESTEP, make_scene
 from tests.helpers import tiny_unet
 
@@ -69,7 +72,7 @@ def test_what_was_put_is_what_is_got() -> None:
 
 def test_an_empty_cache_holds_nothing() -> None:
     cache = ReferenceCache((ROW,))
-    assert (cache.bytes, cache.steps) == (0, [])
+    assert (cache.bytes, cache.steps, cache.stored) == (0, [], None)
     assert not cache.holds(0, ["a"])
     with pytest.raises(KeyError):
         cache.get(0, "a")
@@ -110,6 +113,7 @@ def test_the_storage_dtype_is_the_one_asked_for(dtype: torch.dtype | None, size:
     assert kept.dtype == (dtype or torch.float32)
     assert torch.equal(kept, given if dtype is None else given.to(dtype))
     assert cache.bytes == given.numel() * size
+    assert cache.stored == (kept.dtype, given.device)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
@@ -146,6 +150,79 @@ def test_fetching_ahead_changes_nothing_where_there_is_no_second_memory() -> Non
     assert cache.bytes == 60
 
 
+@dataclass
+class _Streams:
+    """Stands in for torch.cuda's streams: notes, in order, what is queued on which and what waits for what."""
+
+    log: list[str] = field(default_factory=list)
+    name: str = "side"
+
+    def wait_stream(self, other: _Streams) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} marks its end")
+        return "mark"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for the {event}")
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the two streams did. Tensors move as on the CPU: there is no CUDA here."""
+    main = _Streams(name="main")
+
+    @contextmanager
+    def on(stream: _Streams) -> Iterator[None]:
+        main.log.append(f"on {stream.name}")
+        yield
+        main.log.append("on main")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: _Streams(main.log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
+    return main.log
+
+
+STARTED = ["side waits for main", "on side", "side marks its end", "on main"]
+
+
+def test_copies_run_beside_and_what_reads_them_waits(queued: list[str]) -> None:
+    given = {"a": inputs(seed=1), "b": inputs(seed=2)}
+    copied = SideCopies(torch.device("cpu")).start(given)
+    assert queued == STARTED
+    found = copied()
+    assert queued == [*STARTED, "main waits for the mark"]
+    assert all(torch.equal(found[path], given[path]) for path in given)
+
+
+def test_a_step_is_fetched_once_and_two_are_on_the_device_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Copies:
+        def __init__(self, device: torch.device) -> None:
+            assert device == torch.device("cuda")
+
+        def start(self, tensors: dict[str, Tensor]) -> Any:
+            started.append(next(step for step in range(4) if torch.equal(tensors["a"], inputs(seed=step))))
+            return lambda: {path: tensor + 100 for path, tensor in tensors.items()}
+
+    monkeypatch.setattr("attention_control.reference_cache.SideCopies", Copies)
+    cache = ReferenceCache((ROW,))
+    for step in range(4):
+        cache.put(step, "a", inputs(seed=step))
+    for step in range(4):
+        cache.fetch(step, torch.device("cuda"))
+        cache.fetch(step + 1, torch.device("cuda"))
+        assert started == list(range(min(step + 2, 4)))
+        assert torch.equal(cache.get(step, "a")[1], inputs(seed=step) + 100), "not what was fetched"
+        assert sorted(cache._ahead)[-2:] == sorted(cache._ahead)
+    assert torch.equal(cache.get(0, "a")[1], inputs(seed=0)), "let go of, and so where it is kept"
+    cache.clear()
+    assert not cache._ahead
+
+
 # --- the limit ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +230,9 @@ def test_up_to_its_limit_it_keeps_and_above_it_says_what_would_fit() -> None:
     cache = ReferenceCache((ROW,), max_bytes=120)
     cache.put(0, "a", inputs())
     cache.put(0, "b", inputs())
-    with pytest.raises(ControlError, match=r"more than the 120 bytes allowed \(at step 5\).*half precision"):
+    with pytest.raises(
+        ControlError, match=r"more than the 120 bytes allowed: 120 are kept, and step 5 needs 60 more at a;.*half"
+    ):
         cache.put(5, "a", inputs())
     assert cache.bytes == 120
     assert cache.steps == [0], "what was refused is not kept"

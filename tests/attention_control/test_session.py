@@ -309,6 +309,21 @@ def test_a_route_becomes_rows_of_the_batch(unet: UNet2DConditionModel, suppliers
     assert [list(plan.query), list(plan.key), list(plan.value)] == [rows[supplier] for supplier in suppliers]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [official_rows, unguided_rows])
+def test_the_identity_route_is_bitwise_plain(unet: UNet2DConditionModel, rows: Any, dtype: torch.dtype) -> None:
+    """Every site goes through the routed processor, which then must compute what diffusers' own does."""
+    unet, scene, streams = unet.to(dtype), SCENE.to(dtype), rows()
+    plain = evaluate(unet, scene, streams)
+    with _attach(unet, Routing([Route("own", "own", "own", "0-")])) as session, session.step(0, streams):
+        out = evaluate(unet, scene, streams)
+        assert all(session.plan_for(site.path, len(streams)) is not None for site in list_sites(unet))
+    assert next(iter(out.values())).dtype == dtype
+    assert same_bits(out, plain)
+    moved = evaluate_controlled(unet, Routing([reading_source("0-")]), scene, streams)
+    assert not same_bits(moved, plain), "another route would be told apart"
+
+
 # --- several routes -----------------------------------------------------------------------------------------------------
 
 

@@ -115,11 +115,43 @@ def test_edits_have_the_truth_below_the_source_and_one_control_after_the_other(t
         assert (pixels(cell(grid, 1 - c, 5, (0, 2))) == magnified(made.picture(item, "", "source"))).all()
 
 
-def test_too_many_edits_for_a_page_have_one_per_control_and_are_cut_evenly(tmp_path: Path) -> None:
+CONTROLS = ("masactrl", "structure", "none", *(f"control {i}" for i in range(6)))
+
+
+def test_too_many_edits_for_a_page_have_one_per_inversion_with_plain_sampling_and_every_control(tmp_path: Path) -> None:
+    """Two inversions under nine controls: source, truth, none, then the eight others."""
+    made = edits(tmp_path, ("ddim", "easyinv"), CONTROLS, ["a"])
+    found = names(draw(made.write()))
+    assert found[:2] == ["grid-shape-ddim.png", "grid-shape-easyinv.png"]
+    for method in ("ddim", "easyinv"):
+        grid = sheet(tmp_path, f"grid-shape-{method}")
+        order = ["none", *(control for control in CONTROLS if control != "none")]
+        for r, control in enumerate(order):
+            assert (pixels(cell(grid, 0, 8 - r)) == magnified(made.picture("a", f"{method} + {control}"))).all()
+        assert (pixels(cell(grid, 0, 9, (0, 1))) == magnified(made.picture("a", "", "truth"))).all()
+        assert (pixels(cell(grid, 0, 10, (0, 1))) == magnified(made.picture("a", "", "source"))).all()
+
+
+def test_too_many_edits_for_a_page_have_one_per_control_with_every_inversion(tmp_path: Path) -> None:
+    made = edits(tmp_path, ("ddim", "easyinv"), CONTROLS, ["a"])
+    found = names(draw(made.write()))
+    assert found[2:] == [f"grid-shape-{control.replace(' ', '-')}.png" for control in CONTROLS]
+    grid = sheet(tmp_path, "grid-shape-masactrl")
+    for r, method in enumerate(("ddim", "easyinv")):
+        assert (pixels(cell(grid, 0, 1 - r)) == magnified(made.picture("a", f"{method} + masactrl"))).all()
+
+
+def test_one_inversion_under_many_controls_has_no_pages_of_one_row(tmp_path: Path) -> None:
+    made = edits(tmp_path, ["ddim"], [f"control {i}" for i in range(MOST_ROWS + 1)], ["a"])
+    assert names(draw(made.write())) == ["grid-shape-ddim-1.png", "grid-shape-ddim-2.png"]
+
+
+def test_too_many_rows_for_a_page_are_cut_evenly(tmp_path: Path) -> None:
     methods = [f"method {i}" for i in range(MOST_ROWS + 1)]
     made = edits(tmp_path, methods, ("masactrl", "none"), ["a"])
-    expected = [f"grid-shape-{control}-{i}.png" for control in ("masactrl", "none") for i in (1, 2)]
-    assert names(draw(made.write())) == expected
+    found = names(draw(made.write()))
+    assert found[:-4] == [f"grid-shape-method-{i}.png" for i in range(MOST_ROWS + 1)]
+    assert found[-4:] == [f"grid-shape-{control}-{i}.png" for control in ("masactrl", "none") for i in (1, 2)]
     first, second = sheet(tmp_path, "grid-shape-masactrl-1"), sheet(tmp_path, "grid-shape-masactrl-2")
     assert second.height - first.height == CELL[1] + GAP
     assert (pixels(cell(first, 0, 0)) == magnified(made.picture("a", "method 7 + masactrl"))).all()

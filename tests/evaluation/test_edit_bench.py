@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from attention_control import CONTROLLERS, CrossMaps
 from easyinv_edit.cli_bench import COST_COLUMNS, markdown
 from easyinv_edit.evaluation import cost_bench
 from easyinv_edit.evaluation import edit_bench as bench
@@ -270,5 +271,14 @@ def test_the_cost_table_counts_what_each_layout_needs(untrained: EditPipeline, p
 
 def test_control_needs_no_more_than_a_twentieth_more_memory(untrained: EditPipeline) -> None:
     memory = cost_bench.step_memory(untrained, 16)
-    assert memory["plain"] > 100_000
-    assert memory["controlled"] <= 1.05 * memory["plain"]
+    assert {cost_bench.CONTROLS[row["control"]]["name"] for row in memory} == CONTROLLERS.keys() - {"none"}
+    assert all(row["plain"] > 100_000 * row["rows"] for row in memory)
+    assert {row["control"]: row["extra"] for row in memory if row["controlled"] > 1.05 * row["plain"]} == {}
+
+
+def test_what_a_controlled_step_allocates_is_seen(untrained: EditPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that kept every map it sees, site after site, would be over the limit."""
+    held: list[torch.Tensor] = []
+    monkeypatch.setattr(cost_bench, "CONTROLS", {"masactrl, words": cost_bench.CONTROLS["masactrl, words"]})
+    monkeypatch.setattr(CrossMaps, "add", lambda _maps, _role, _index, seen: held.append(seen))
+    assert cost_bench.step_memory(untrained, 16)[0]["extra"] > 0.05

@@ -214,6 +214,7 @@ def test_the_command_writes_its_tables_its_numbers_and_its_pictures(
     code, out, err = command(*arguments)
     assert code == 0, err
     assert "| easyinv | 1 | 2 |" in out
+    assert "1 of 1 pictures have no prompt: guided columns repeat the others" in out
     assert {path.name for path in place.iterdir()} >= {
         "config.yaml", "environment.json", "pictures", "results.jsonl", "run.json", "summary.csv", "summary.json", "summary.md",
     }  # fmt: skip
@@ -247,6 +248,7 @@ def test_options_and_a_file_make_the_same_run(command: Command, model: Path, tmp
         (["--model", "nowhere/model"], "nowhere/model"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["data.count=2"], "'data.count=2': keys are of a benchmark's file; give it with --config"),
+        (["--steps", "10", "20"], "'20': belongs to no option; separate several values of one by commas, e.g. --steps 10,20"),
         (["--config", "paper_table1"], "paper_table1.yaml:12:19: data.path: is missing; give the folder that holds val2017"),
         (["--config", "paper_table1", "data.path=nowhere"], "nowhere/val2017: is no folder"),
         (["--config", "tabletop_edits"], "is of kind edits; run it by `easyinv-edit bench edits --config tabletop_edits`"),

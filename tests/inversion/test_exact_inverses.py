@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -47,6 +47,8 @@ METHODS = {
 }
 DEFAULTS = ("edict", "bdia", "obelm", "edit_friendly")
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
+HALF = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""How far a round trip may end from its start where the network's own rounding comes in: about four units of it."""
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 EACH = pytest.mark.parametrize("name", DEFAULTS)
 KINDS = pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -91,7 +93,19 @@ def small_unets() -> dict[torch.dtype, UNet2DConditionModel]:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
-    return {dtype: deepcopy(unet).to(dtype) for dtype in EXACT}
+    return {dtype: deepcopy(unet).to(dtype) for dtype in (*EXACT, *HALF)}
+
+
+@dataclass
+class RoundingBackbone(UNetBackbone):
+    """A network in half precision under single-precision latents, as backbones run it; it keeps what the network saw."""
+
+    seen: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def predict(self, z: Tensor, timestep: int, conditioning: Conditioning) -> Tensor:
+        rounded = z.to(self.network.dtype)
+        self.seen.append((timestep, rounded))
+        return super().predict(rounded, timestep, conditioning).to(z)
 
 
 def random_denoiser(unet: UNet2DConditionModel, steps: int, kind: str, guidance: float) -> Denoiser:
@@ -162,6 +176,25 @@ def test_it_is_exact_with_a_random_network_over_many_steps(
     """Not at guidance 7.5, epsilon and single precision: there a random network itself amplifies rounding to 1e-4."""
     denoiser = random_denoiser(small_unets[dtype], steps, kind, guidance)
     assert round_trip(METHODS[name], denoiser, dtype) < EXACT[dtype]
+
+
+@EACH
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_half_precision_network_rounds_no_more_than_it_must(
+    name: str, dtype: torch.dtype, seed: int, small_unets: dict[torch.dtype, UNet2DConditionModel]
+) -> None:
+    """Exact while the network sees on the way down what it saw on the way up; else within its own rounding."""
+    backbone = RoundingBackbone(small_unets[dtype])
+    denoiser = replace(random_denoiser(small_unets[dtype], 10, "epsilon", 1.0), backbone=backbone)
+    z0 = smooth_latent(seed).float()
+    trajectory = inverted(METHODS[name], denoiser, z0)
+    up = list(backbone.seen)
+    backbone.seen.clear()
+    back = returned(denoiser, trajectory)
+    same = all(any(t == s and torch.equal(x, y) for s, y in up) for t, x in backbone.seen)
+    assert back.dtype == trajectory.latents.dtype == torch.float32
+    assert relative_error(back, z0) < (1e-5 if same else HALF[dtype])
 
 
 def test_ddim_is_far_off_with_a_random_network(unets: dict[torch.dtype, UNet2DConditionModel]) -> None:

@@ -14,6 +14,8 @@ from easyinv_edit.cost import measured
 from easyinv_edit.denoiser import Denoiser
 from easyinv_edit.errors import EasyInvWarning, NonFiniteError
 from easyinv_edit.inversion import DDIM, FixedPoint
+from easyinv_edit.pipeline import EditPipeline
+from easyinv_edit.running import source_image
 from easyinv_edit.sampling import sample
 from easyinv_edit.trajectory import Trajectory
 from tests.helpers import Output, denoiser_like, gaussian, make_schedule, relative_error, smooth_latent, toy_denoiser
@@ -312,6 +314,38 @@ def test_a_half_precision_network_is_no_reason_to_warn(dtype: torch.dtype, floor
     trajectory = method.invert(toy_denoiser(rounded, schedule), smooth_latent().float())
     assert trajectory.latents.dtype == torch.float32
     assert trajectory.extras["residuals"].max() < floor
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("dtype", "silent", "warned"),
+    [(torch.bfloat16, 0.02, 0.4), (torch.float16, 0.008, 0.08), (torch.float32, 0, 0.02)],
+    ids=str,
+)
+def test_going_up_and_down_by_its_rounding_is_no_reason_either(
+    dtype: torch.dtype, silent: float, warned: float, acceleration: Acceleration
+) -> None:
+    """A network that is off by as much as its dtype rounds, at random: only more than that is worth a warning."""
+    schedule = make_schedule(10)
+    exact, method = gaussian(schedule), FixedPoint(acceleration=acceleration, iterations=15)
+
+    def residual(off: float) -> float:
+        denoiser = toy_denoiser(lambda z, t, e: exact(z, t, e) + off * torch.sin(1e6 * z), schedule)
+        denoiser.backbone.network.to(dtype)
+        return method.invert(denoiser, smooth_latent()).extras["residuals"].max().item()
+
+    assert (residual(silent) > 1e-3) == (silent > 0), "so that a threshold for all dtypes would warn"
+    with pytest.warns(EasyInvWarning, match="does not contract"):
+        residual(warned)
+
+
+def test_the_embedded_model_in_bfloat16_is_no_reason_to_warn() -> None:
+    """Its second level of ten steps comes down to a residual of about its rounding, and no further."""
+    pipe = EditPipeline.embedded(dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    scene = source_image("scene:26100001", pipe.backbone.native_size)
+    trajectory = pipe.invert(scene, method=FixedPoint(), num_inference_steps=10)
+    assert trajectory.extras["residuals"].max() > 1e-3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
