@@ -56,8 +56,8 @@ class Data:
 @dataclass(frozen=True, config=FORBID)
 class Published:
     """Numbers of a paper that stand beside ours. source: where they are from; inversion, control, dtype, num_inference_steps:
-    the line they belong to, None where it does not matter; values: numbers by the titles of columns; why: what keeps them from
-    being comparable, empty where the protocol is the same."""
+    the line they belong to, None where it does not matter; values: numbers by the titles of columns; count: how many results
+    they are means of; why: what keeps them from being comparable, empty where the protocol is the same."""
 
     source: str
     inversion: str
@@ -65,6 +65,7 @@ class Published:
     control: str | None = None
     dtype: Dtype | None = None
     num_inference_steps: Steps | None = None
+    count: Number | None = None
     why: str = ""
 
 
@@ -80,8 +81,8 @@ class Benchmark:
     guidance_scale: of edits, and of the columns called guided; pin_source: of edits; batch: pictures inverted at once;
     metrics: columns of `columns.COLUMNS`; weights: see `weights.Weights`; mask_form: how background columns count their mask;
     pictures: of how many items pictures are kept, None for all; protocol: keys, with the values that the published numbers
-    were made with; seed: of what methods draw: for each edit, and for the first picture of inversions, counted on from there;
-    output: the folder.
+    were made with, inversions and controls being compared by their label; seed: of what methods draw: for each edit, and for
+    the first picture of inversions, counted on from there; output: the folder.
     """
 
     kind: Kind
@@ -177,9 +178,9 @@ def from_mapping(content: Mapping[str, Any]) -> Benchmark:
 
 
 def flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a mapping and of those within it."""
+    """(dotted key, value) of a mapping and of those within it; the schedule, whose keys may be any, is one value."""
     for key, value in content.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and key != "schedule":
             yield from flat(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value

@@ -31,6 +31,9 @@ def checked(content: Mapping[str, Any]) -> tuple[Benchmark | None, list[Problem]
     """The benchmark that keys and values make, or everything that is wrong with them."""
     given = _written_out(content)
     found = list(_wrong_methods(given))
+    if isinstance(given.get("protocol"), Mapping):
+        given["protocol"] = _written_out(given["protocol"])
+        found += [(("protocol", *path), problem) for path, problem in _wrong_methods(given["protocol"])]
     try:
         made = TypeAdapter(Benchmark).validate_python(given)
     except ValidationError as error:

@@ -67,7 +67,7 @@ def load(
     square = [file for file, size in sizes.items() if min(size) > near_square * max(size)]
     found = f"{path}: {len(square):,} near-square pictures among {len(files):,} in {', '.join(splits)}"
     if not square:
-        raise InputError(f"{found}; unpack the whole set, or lower near_square")
+        raise InputError(f"{found}; unpack the whole set")
     if count is not None and len(square) < count:
         told = f"{found}, {count:,} were asked for (the paper has {PAPER_COUNT:,}); unpack every split whole, or ask for fewer"
         mismatch(told, on_mismatch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +127,14 @@ def _facts(inversion: Cost, edit: Cost) -> dict[str, float]:
     }
 
 
-def accuracy(judge: Judge, items: Sequence[Item], size: int) -> str:
-    """What the judge reads off the true results themselves, in words for the notes of a table."""
+def accuracy(judge: Judge, items: Sequence[Item], size: int) -> dict[str, float]:
+    """Share of right words per attribute that the judge reads off the true results themselves."""
     scenes = [item.case.truth for item in items if isinstance(item, TabletopEdit)]
     pictures = torch.cat([render(scenes[i : i + 64], size)[0] for i in range(0, len(scenes), 64)])
-    right = ", ".join(f"{field} {share:.2f}" for field, share in judging.accuracy(judge, pictures, scenes).items())
+    return judging.accuracy(judge, pictures, scenes)
+
+
+def told(judged: Mapping[str, float]) -> str:
+    """The judge's accuracy in words, for the notes of a table."""
+    right = ", ".join(f"{field} {share:.2f}" for field, share in judged.items())
     return f"target and kept are read by a classifier; off the true results themselves it reads rightly: {right}"

@@ -164,8 +164,18 @@ def markdown(board: Sequence[Row], judged: Mapping[str, float] | None = None) ->
         parts = [_cell(line["tasks"][task], most[task]) for task in tasks]
         numbers = [_shown(line[name], COLUMNS[name].digits if name in COLUMNS else 2) for name in means]
         lines.append([_shown(line["rank"], 0), line["variant"], _cell(line), *parts, *numbers])
-    told = ", ".join(f"{name} {share:.3f}" for name, share in (judged or {}).items())
-    return _table(lines) + (f"\n\nThe judge reads rightly off the true results: {told}." if told else "")
+    return _table(lines) + (f"\n\n{told(judged)}" if judged else "")
+
+
+def told(judged: Mapping[str, float]) -> str:
+    """The judge's own accuracy in words."""
+    return f"The judge reads rightly off the true results: {', '.join(f'{n} {share:.3f}' for n, share in judged.items())}."
+
+
+def document(content: Mapping[str, Any]) -> str:
+    """leaderboard.md of what leaderboard.json holds: "title", "rows", a leaderboard, and "judged", the judge's accuracy."""
+    board = content["rows"]
+    return f"{content['title']}\n\n{markdown(board, content['judged'])}\n\n{grid(board)}\n"
 
 
 def grid(board: Sequence[Row]) -> str:

@@ -1,8 +1,9 @@
 """One self-contained HTML page of a benchmark's run, or of one edit.
 
 A run's folder holds run.json (the request), config.yaml, environment.json, summary.json ("title", "kind", "columns", "tables",
-"published", "notes") and results.jsonl, a line for each item and variant: "item", "group", "variant", prompts, numbers by the
-names of columns, "pictures" {what it shows: path in the folder}, or "error". An edit's folder holds result.json ("recipe",
+"published", "notes"), perhaps leaderboard.json ("title", "judged", "rows"), and
+results.jsonl, a line for each item and variant: "item", "group", "variant", prompts, numbers by the names of columns,
+"pictures" {what it shows: path in the folder}, or "error". An edit's folder holds result.json ("recipe",
 "images" {name: file}, costs, "versions") and pictures, as `EditResult.save` writes them. What of this is missing or torn is
 told on the page. Pictures are embedded, large ones as thumbnails; the page asks nothing of the network.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from easyinv_edit.errors import InputError
+from easyinv_edit.evaluation.report_board import board_of
 from easyinv_edit.evaluation.report_edit import edit_page
 from easyinv_edit.evaluation.report_files import (
     block_of,
@@ -36,6 +38,7 @@ from easyinv_edit.evaluation.report_tables import cells_of, column_of, columns_o
 from easyinv_edit.result import write_text
 
 RUN_FILES = ("run.json", "results.jsonl", "summary.json")
+BOARD = "leaderboard.json"
 BLOCKS = (
     ("configuration", "Configuration as it was given", "config.yaml"),
     ("request", "Request with every key", "run.json"),
@@ -107,6 +110,7 @@ def _run_page(folder: Path, limit: int, side: int) -> Page:
         blocks=tuple((anchor, title, file, block_of(folder / file)) for anchor, title, file in BLOCKS),
         count=len(items),
         side=side,
+        board=board_of(content_of(folder / BOARD), columns),
     )
 
 
@@ -133,6 +137,8 @@ def _lacks(folder: Path, environment: Row, torn: int) -> Iterable[str]:
         yield "summary.json cannot be read, so there are no tables; the command of the run writes it again"
     elif environment and environment.get("finished") is None:
         yield "environment.json knows no end of the run: it goes on or was stopped, and the tables may be of fewer results"
+    if (folder / BOARD).is_file() and not content_of(folder / BOARD):
+        yield f"{BOARD} cannot be read and is left out; remove it, and the command of the run writes it again"
     if torn:
         yield f"lines of results.jsonl that cannot be read and are left out: {torn}"
 

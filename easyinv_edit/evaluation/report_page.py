@@ -50,9 +50,20 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
+    """head: what its lines are."""
+
     title: str
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
+    head: str = "variant"
+
+
+@dataclass(frozen=True)
+class Board:
+    """A leaderboard. texts: what its numbers are; tables: the ranking, and the grid of controls by inversions."""
+
+    texts: tuple[str, ...]
+    tables: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Item:
 class Page:
     """What the template shows. facts: (label, text); blocks: (anchor, title, file, text or None where the file is missing);
     reasons: of lines whose protocol differs; count: of items there are; side: of pictures in pixels; stretched: whether an
-    edit's source has other proportions than its result."""
+    edit's source has other proportions than its result; board: None where there is none."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -96,6 +107,7 @@ class Page:
     count: int
     side: int
     stretched: bool = False
+    board: Board | None = None
 
     @property
     def pictures(self) -> list[Picture]:

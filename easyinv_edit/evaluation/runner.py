@@ -1,8 +1,8 @@
 """The one loop of every benchmark: items, then groups of variants, a row of results for each, on disk before the next.
 
 A run's folder holds run.json (the request), config.yaml, environment.json, results.jsonl, the summary as JSON, CSV and
-Markdown, pictures/ and figures/. Stopped at any moment it goes on there. What fails for one item is a row with an "error", and
-the run goes on; the same command tries it again.
+Markdown, for edits with true results the leaderboard as JSON and Markdown, pictures/ and figures/. Stopped at any moment it
+goes on there. What fails for one item is a row with an "error", and the run goes on; the same command tries it again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ KEY = ("variant", "item")
 FAILURES = (EasyInvError, ControlError, torch.OutOfMemoryError)
 """What one item may fail by; anything else ends the run."""
 JUDGED = ("target", "kept")
+BOARD = "leaderboard.json"
 Report = Callable[[str], None]
 
 
@@ -80,11 +81,13 @@ def run(config: Benchmark, folder: Path, report: Report, text: str = "") -> Outc
         bench = InversionBench(work) if config.kind == "inversion" else EditBench(work, judge)
         _measure(bench, work, items, [line for line in lines if line.dtype == dtype], ledger, report)
         pipe = work = bench = None  # type: ignore[assignment]  # one model in memory at a time
-    notes += [] if judge is None else [edit_bench.accuracy(judge, items, size[0])]
+    judged = {} if judge is None else edit_bench.accuracy(judge, items, size[0])
+    notes += [edit_bench.told(judged)] if judged else []
     content = summary.build(config, measures, lines, ledger.rows, [item.group for item in items], notes)
     _write(folder, content)
-    if (board := _leaderboard(config, lines, ledger.rows)) is not None:
-        write_text(folder / "leaderboard.md", board)
+    if (board := _leaderboard(config, lines, ledger.rows, judged)) is not None:
+        write_text(folder / BOARD, json.dumps(board, indent=2) + "\n")
+        write_text(folder / "leaderboard.md", leaderboard.document(board))
     bench_figures.draw(folder)
     environment.finished(folder, facts, len(ledger.rows))
     return _outcome(content, ledger.rows)
@@ -150,7 +153,12 @@ def _warm_up(work: Work, rows: int) -> None:
 
 
 def _finished(folder: Path, request: Mapping[str, Any]) -> Outcome | None:
-    """The outcome of a run that is done, with every result still there and none of them an error."""
+    """The outcome of a run that is done, with every result still there and none of them an error.
+
+    A leaderboard without its JSON is an earlier version's: such a run is gone through again, which only writes its tables.
+    """
+    if (folder / "leaderboard.md").exists() and not (folder / BOARD).exists():
+        return None
     rows, facts = sound_rows(folder), environment.known(folder)
     whole = facts.get("finished") and facts.get("results") == len(rows) and not any("error" in row for row in rows)
     try:
@@ -197,10 +205,13 @@ def _write(folder: Path, content: dict[str, Any]) -> None:
     write_text(folder / "summary.md", summary.markdown(content))
 
 
-def _leaderboard(config: Benchmark, lines: Sequence[Variant], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Every line against plain sampling after one inversion, DDIM's where it is there; None where nothing is to be compared.
+def _leaderboard(
+    config: Benchmark, lines: Sequence[Variant], rows: Sequence[Mapping[str, Any]], judged: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """leaderboard.json: every line against plain sampling after one inversion, DDIM's where it is there; None where nothing is
+    to be compared.
 
-    Only for runs with true results and one T and dtype.
+    judged: the judge's own accuracy. Only for runs with true results and one T and dtype.
     """
     plain = [line.inversion for line in lines if line.control == BASELINE]
     several = len({(line.steps, line.dtype) for line in lines}) > 1
@@ -212,4 +223,4 @@ def _leaderboard(config: Benchmark, lines: Sequence[Variant], rows: Sequence[Map
     except InputError:  # none of the reference's results came out
         return None
     head = f"Gain inside the object over {reference} + {BASELINE} on the same item, in dB."
-    return f"{head}\n\n{leaderboard.markdown(board)}\n\n{leaderboard.grid(board)}\n"
+    return {"title": head, "judged": dict(judged), "rows": board}

@@ -155,6 +155,7 @@ def test_every_problem_is_told_at_its_place_in_the_files_order() -> None:
             INVERSIONS + "protocol: {data: {sett: coco}}\n",
             "b.yaml:5:19: protocol.data.sett: is no key of a benchmark - did you mean",
         ),
+        (INVERSIONS + "protocol: {inversions: [ddimm]}\n", "protocol.inversions.0: 'ddimm' is unknown; choose easyinv"),
         (INVERSIONS + "published: [{inversion: ddim, values: {PSNR: 3}}]\n", "b.yaml:5:13: published.0.source: is missing"),
         (
             INVERSIONS + "published: [{source: s, inversion: ddim, values: {PSRN: 3}}]\n",

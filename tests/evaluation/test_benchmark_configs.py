@@ -116,7 +116,8 @@ def test_tabletop_reconstruction(command: Command, model: str, tmp_path: Path) -
     counts = lines(content)
     assert len(counts) == 13
     assert set(counts.values()) == {1}
-    assert content["notes"] == []
+    (note,) = content["notes"]
+    assert note.startswith(f"{CEILING} is what an edit with a pinned source, the default, reconstructs")
 
 
 def test_tabletop_edits(command: Command, model: str, tmp_path: Path) -> None:
@@ -130,6 +131,20 @@ def test_tabletop_edits(command: Command, model: str, tmp_path: Path) -> None:
     board = (tmp_path / "run" / "leaderboard.md").read_text()
     assert board.startswith("Gain inside the object over easyinv + none on the same item")
     assert all(f"| {line} |" in board for line in lines(content))
+    known = json.loads((tmp_path / "run" / "leaderboard.json").read_text())
+    assert {row["variant"] for row in known["rows"]} == set(lines(content))
+    right = ", ".join(f"{name} {share:.3f}" for name, share in known["judged"].items())
+    assert f"The judge reads rightly off the true results: {right}.\n" in board
+    assert {"shape", "background"} <= set(known["judged"])
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    for name in ("leaderboard.json", "figures/pareto.png"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "leaderboard.md").write_text("an earlier version's")
+    done(command, "edits", "tabletop_edits", tmp_path / "run", model, *few)
+    assert json.loads((tmp_path / "run" / "leaderboard.json").read_text()) == known
+    assert (tmp_path / "run" / "leaderboard.md").read_text() == board
+    assert (tmp_path / "run" / "figures" / "pareto.png").exists()
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before, "nothing is measured again"
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert {row["item"] for row in rows} == {
         item.name for item in suite.items(32, ["shape", "background"], 1, suite.SUITES["2"])

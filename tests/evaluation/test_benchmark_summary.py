@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from easyinv_edit.evaluation import columns, metrics, summary, weights
-from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping
+from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping, recipe_files
+from easyinv_edit.evaluation.benchmark import read as read_file
 from easyinv_edit.evaluation.columns import COLUMNS, Measures, Sample, loaded, plain_name
 from easyinv_edit.evaluation.variants import CEILING, variants
 from easyinv_edit.evaluation.weights import Weights
@@ -246,6 +247,79 @@ def test_another_protocol_is_marked_with_its_reason() -> None:
     marked = summary.markdown(content)
     assert "| *easyinv: a paper* \\* |" in marked
     assert "\n\\* w; this run's model, data.set are not the published ones\n" in marked
+
+
+def shipped_lines(name: str, *overrides: str, lost: int = 0, items: int | None = None) -> dict[str, str]:
+    """Why each published line of a shipped benchmark is not comparable, by our variant and the first of its columns.
+
+    lost: how many results of each variant failed; items: how many pictures the set has, by default as many as published.
+    """
+    (path,) = (path for path in recipe_files() if path.stem == name)
+    config, _ = read_file(path, ["data.path=x", *overrides])
+    count = items or config.published[0].count or 0
+    names = [line.label for line in variants(config) if line.method is not None]
+    rows: list[dict[str, Any]] = [
+        {"variant": v, "item": str(i), "group": "", **({"error": "e"} if i < lost else {})} for v in names for i in range(count)
+    ]
+    found = built(config, rows, [""] * count)["published"]
+    return {f"{line['variant']}: {list(line)[4]}": line["why"] for line in found}
+
+
+MASACTRL, REFINE = "ddim + masactrl: structure (ViT-B/8, 0-255)", "ddim + prompt_to_prompt: structure (ViT-B/8, 0-255)"
+EASYINV, ALONE = "easyinv, T=50: LPIPS (vgg)", "easyinv: LPIPS (vgg)"
+
+
+def test_shipped_benchmarks_are_comparable_as_they_are() -> None:
+    pie, table = shipped_lines("pie_bench"), shipped_lines("paper_table1")
+    assert {line.split(":")[0] for line, reason in pie.items() if not reason} == {
+        "ddim + prompt_to_prompt", "negative_prompt + prompt_to_prompt", "direct + prompt_to_prompt",
+        "ddim + masactrl", "direct + masactrl",
+    }  # fmt: skip
+    assert {line for line, reason in table.items() if not reason} == {EASYINV, "renoise, T=50: LPIPS (vgg)"}
+    same = ("data.captions=false", "data.splits=[test2017,val2017]", "pictures=0", "inversions=[easyinv]")
+    assert shipped_lines("paper_table1", *same)[ALONE] == ""
+    assert shipped_lines("pie_bench", "inversions=[ddim]")[REFINE] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "line", "says"),
+    [
+        ("pie_bench", ["pin_source=true"], MASACTRL, "this run's pin_source are not the published ones"),
+        ("pie_bench", ["dtypes=[float16]"], MASACTRL, "this run's dtypes are not the published ones"),
+        ("pie_bench", ["schedule.rescale_betas_zero_snr=true"], REFINE, "this run's schedule are not the published ones"),
+        (
+            "pie_bench",
+            ["controls=[masactrl,prompt_to_prompt]"],
+            MASACTRL,
+            "this run's start_step of masactrl, source_prompt of masactrl are not the published ones",
+        ),
+        ("pie_bench", ["controls=[masactrl,prompt_to_prompt]"], REFINE, "cross_steps of prompt_to_prompt"),
+        (
+            "pie_bench",
+            ["inversions=[{name: ddim, pin_source: true}]"],
+            MASACTRL,
+            "this run's pin_source of ddim are not the published ones",
+        ),
+        ("paper_table1", ["schedule.timestep_spacing=trailing"], EASYINV, "this run's schedule are not"),
+        ("paper_table1", ["data.splits=[val2017]", "data.captions=true"], EASYINV, "run's data.splits, data.captions are not"),
+        (
+            "paper_table1",
+            ["inversions=[{name: easyinv, label: easyinv, eta: 0.25}]"],
+            ALONE,
+            "this run's eta of easyinv are not",
+        ),
+    ],
+)
+def test_a_shipped_benchmark_that_is_decided_otherwise_is_marked(name: str, overrides: list[str], line: str, says: str) -> None:
+    assert says in shipped_lines(name, *overrides)[line]
+
+
+def test_fewer_results_than_the_published_means_are_marked() -> None:
+    assert shipped_lines("pie_bench", items=3)[MASACTRL] == "means of 700 results there and of 3 here"
+    assert shipped_lines("pie_bench", lost=1)[MASACTRL] == "means of 700 results there and of 699 here"
+    assert shipped_lines("paper_table1", items=2)[EASYINV] == "means of 2,298 results there and of 2 here"
+    alone = shipped_lines("paper_table1", "inversions=[ddim]", items=2)["easyinv, float16: LPIPS (vgg)"]
+    assert alone == "means of 2,298 results there and of 2 here"
 
 
 def test_numbers_of_another_precision_belong_to_another_line() -> None:

@@ -200,7 +200,5 @@ def test_arguments_out_of_range_are_refused(root: Path, options: dict[str, Any],
 
 def test_a_set_without_near_square_pictures_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "val2017", {1: (64, 43)})
-    with pytest.raises(
-        InputError, match="0 near-square pictures among 1 in val2017; unpack the whole set, or lower near_square"
-    ):
+    with pytest.raises(InputError, match=r"0 near-square pictures among 1 in val2017; unpack the whole set$"):
         coco.load(tmp_path, splits=["val2017"], on_mismatch="ignore")

@@ -22,7 +22,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from easyinv_edit.errors import InputError
-from easyinv_edit.evaluation import report, report_page, report_tables
+from easyinv_edit.evaluation import leaderboard, report, report_page, report_tables
 from easyinv_edit.pipeline import EditPipeline
 from tests.helpers import Command
 
@@ -494,7 +494,9 @@ def spoiled(value: Any, draw: random.Random) -> Any:
 
 def test_whatever_files_hold_a_page_or_one_line_comes_of_it(run: Path) -> None:
     pages, draw = 0, random.Random(0)
-    files = {name: json.loads((run / name).read_text()) for name in ("run.json", "environment.json", "summary.json")}
+    make_board(run)
+    names = ("run.json", "environment.json", "summary.json", "leaderboard.json")
+    files = {name: json.loads((run / name).read_text()) for name in names}
     rows = make_rows(run)
     for _ in range(60):
         for name, content in files.items():
@@ -507,6 +509,53 @@ def test_whatever_files_hold_a_page_or_one_line_comes_of_it(run: Path) -> None:
         assert_sound(Parsed(text), text)
         pages += 1
     assert pages > 40
+
+
+# --- a leaderboard --------------------------------------------------------------------------------------------------------
+
+
+def make_board(run: Path) -> dict[str, Any]:
+    """A leaderboard of two inversions with and without a control, as a run writes it."""
+    rows = [
+        {"kind": "edits", "item": f"{task} {i}", "group": task, "variant": f"{inversion} + {control}", "inversion": inversion,
+         "control": control, "inside": 10.0 + i * (control != "none") - (inversion == "ddim"), "target": 1.0}
+        for task, n in (("shape", 3), ("turn", 2)) for i in range(n)
+        for inversion, control in (("ddim", "none"), ("ddim", "masactrl"), ("easyinv", "none"))
+    ]  # fmt: skip
+    content = {"title": "Gain over ddim + none", "judged": {"shape": 0.9876}, "rows": leaderboard.leaderboard(rows[:-2])}
+    (run / "leaderboard.json").write_text(json.dumps(content))
+    return content
+
+
+def test_a_leaderboard_has_a_part_of_its_own(run: Path) -> None:
+    content = make_board(run)
+    text = report.render(report.read(run, 50, 384))
+    parsed = Parsed(text)
+    assert_sound(parsed, text)
+    assert parsed.of("nav")[0].text.split() == ["Tables", "Leaderboard", "Figures", "Items", "How", "it", "was", "made"]
+    (section,) = parsed.of("section", id="leaderboard")
+    assert "Gain over ddim + none" in section.text
+    assert "The judge reads rightly off the true results: shape 0.988." in section.text
+    cells = rows_of(parsed, "Ranking by gain")
+    ranked = {row["variant"]: row for row in content["rows"]}
+    assert list(cells) == list(ranked)
+    best, lost = cells["easyinv + none"], cells["ddim + masactrl"]
+    assert texts(best)[:4] == ["1", "+1.00", "+1.00 ± 0.00", "+1.00 (1)"]
+    assert texts(lost)[2:4] == ["+1.00 ± 0.58", "+0.00 (1)"]
+    assert float(lost[2].attributes["data-value"] or 0) == ranked["ddim + masactrl"]["tasks"]["shape"]["gain"] == 1.0
+    grid = rows_of(parsed, "Gain by control and inversion")
+    assert {name: texts(row) for name, row in grid.items()} == {
+        "none": ["+1.00", "+0.00 ± 0.00"], "masactrl": [NONE, "+0.50"],
+    }  # fmt: skip
+    assert "+1.00" in [e.text for e in parsed.of("strong")], "the best is marked"
+
+
+def test_a_run_without_a_leaderboard_has_no_such_part(run: Path) -> None:
+    assert page_of(run).of("section", id="leaderboard") == []
+    (run / "leaderboard.json").write_text("{")
+    parsed = page_of(run)
+    assert parsed.of("section", id="leaderboard") == []
+    assert "leaderboard.json cannot be read and is left out" in parsed.of("li")[1].text
 
 
 # --- an edit --------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_weights_that_came_later_are_another_run(model: Path, photos: Path, tmp_
     files = {"backbone": str(tmp_path / "vgg.pth"), "heads": str(tmp_path / "heads.pth")}
     asked = config(model, photos, metrics=["LPIPS (vgg)", "PSNR"], weights={"lpips": {"vgg": files}}, inversions=["ddim"])
     done = run(asked, tmp_path / "run", quiet)
-    assert done.summary["notes"] == [f"no weights: {tmp_path / 'vgg.pth'} (LPIPS (vgg))"]
+    assert done.summary["notes"][1:] == [f"no weights: {tmp_path / 'vgg.pth'} (LPIPS (vgg))"]
     assert all(row["LPIPS (vgg)"] is None and row["PSNR"] > 0 for row in done.summary["tables"][0]["rows"])
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "missing": {}}))
@@ -285,7 +285,7 @@ def test_a_set_that_is_not_whole_is_told(model: Path, tmp_path: Path) -> None:
     told: list[str] = []
     asked = config(model, tmp_path, data={"set": "coco", "path": str(tmp_path), "count": 9}, inversions=["ddim"], pictures=0)
     done = run(asked, tmp_path / "run", told.append)
-    assert "2 near-square pictures among 2 in val2017, test2017, 9 were asked for" in done.summary["notes"][0]
+    assert "2 near-square pictures among 2 in val2017, test2017, 9 were asked for" in done.summary["notes"][-1]
     assert {row["group"] for row in rows_of(tmp_path / "run")} == {"val2017", "test2017"}
 
 
