@@ -33,6 +33,32 @@ def render_scenes(
         typer.echo(f"{path}: {caption(scene)}")
 
 
+@app.command("edits")
+def render_edits(
+    tasks: Annotated[list[str] | None, typer.Argument(help="Kinds of edits, by default all.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 4,
+    first_seed: Annotated[int, typer.Option(min=0, help="Scenes from here on.")] = 24_000_000,
+    output: Annotated[str, typer.Option("--output", "-o")] = "outputs/edits",
+    size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 128,
+    debug: Debug = False,
+) -> None:
+    """Render edits whose true result is known, with masks and both prompts, as a folder that `bench edits --folder` reads."""
+    from easyinv_edit.choices import nearest
+    from easyinv_edit.errors import InputError
+    from easyinv_edit.evaluation.company import COMPANY
+    from easyinv_edit.evaluation.datasets import tabletop_edits
+    from easyinv_edit.evaluation.edit_files import write
+    from easyinv_edit.evaluation.ground_truth import ALL_TASKS
+
+    known = {**ALL_TASKS, **COMPANY}
+    if wrong := [name for name in tasks or () if name not in known]:
+        raise InputError(f"{wrong[0]!r} is no kind of edit{nearest(wrong[0], known)}; choose {', '.join(known)}")
+    chosen = [known[name] for name in tasks or known]
+    items = [item for task in chosen for item in tabletop_edits(task, first_seed, count, size)]
+    for line in write(items, Path(output)):
+        typer.echo(line)
+
+
 @app.command("train")
 def train_model(
     recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",

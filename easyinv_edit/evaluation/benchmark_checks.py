@@ -95,13 +95,14 @@ class _InversionKeys:
 class _ControlKeys:
     label: str | None = None
     source_prompt: str | None = None
+    tasks: list[str] | None = None
 
 
 def _wrong_methods(given: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with inversions and controls, their settings and the keys beside these."""
     for key, registry, known, extra in (
         ("inversions", INVERSIONS, INVERSIONS, _InversionKeys),
-        ("controls", CONTROLLERS, variants.CONTROLS, _ControlKeys),
+        ("controls", CONTROLLERS, variants.NAMED, _ControlKeys),
     ):
         for number, entry in enumerate(given.get(key) or ()):
             path = (key, str(number))
@@ -120,6 +121,7 @@ EXAMPLES = {
     variants.TARGET_WORD: "word",
     variants.SOURCE_MASK: "mask.png",
     variants.TARGET_MASK: "mask.png",
+    variants.TARGET_BOX: (0.0, 0.0, 1.0, 1.0),
 }
 """For a check of settings, before there is an item to fill them."""
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from easyinv_edit.errors import InputError
 from easyinv_edit.evaluation.ground_truth import Case, Task, make_case
 from easyinv_edit.evaluation.set_files import PICTURES, check_count, listed, picture_sizes, read_text, refuse
 from easyinv_edit.tabletop.captions import caption
-from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.render import render, render_apart
 from easyinv_edit.tabletop.scene import Scene, random_scene
 
 Source: TypeAlias = Path | Image.Image | Callable[[], Image.Image]
@@ -61,7 +62,7 @@ class EditItem(Item):
 
     target_prompt: what the edited picture shows; words: the edited thing's word in the source and in the target prompt, for
     controls that blend by words; region: makes the mask; outlines: makes the masks; true_source: the edited picture as it
-    should be, where that is known.
+    should be, where that is known; style_source, style_prompt: a picture of the look that is asked for, and what it shows.
     """
 
     target_prompt: str
@@ -69,6 +70,8 @@ class EditItem(Item):
     region: Callable[[], Tensor] | None = None
     outlines: Callable[[], tuple[Tensor, Tensor]] | None = None
     true_source: Source | None = None
+    style_source: Source | None = None
+    style_prompt: str = ""
 
     @property
     def edit_type(self) -> str:
@@ -87,6 +90,20 @@ class EditItem(Item):
         if self.outlines is not None:
             return self.outlines()
         return None if (mask := self.mask) is None else (mask, mask)
+
+    @property
+    def box(self) -> tuple[float, float, float, float] | None:
+        """Left, top, right and bottom of where the edited thing should come to be, in shares of the picture."""
+        if (masks := self.masks) is None or not (inside := masks[1] > 0).any():
+            return None
+        (rows, columns), (height, width) = inside.nonzero(as_tuple=True), inside.shape
+        top, bottom, left, right = (float(v) for ends in (rows, columns) for v in (ends.min(), ends.max() + 1))
+        return left / width, top / height, right / width, bottom / height
+
+    @property
+    def style(self) -> Image.Image | None:
+        """The picture of the look that is asked for; None where there is none."""
+        return None if self.style_source is None else _opened(self.style_source)
 
     @property
     def truth(self) -> Image.Image | None:
@@ -123,11 +140,11 @@ def scenes(first_seed: int, count: int, size: int) -> list[Item]:
 def tabletop_edits(task: Task, first_seed: int, count: int, size: int) -> list[TabletopEdit]:
     """The first `count` edits of a ground-truth task among the scenes from a seed on, rendered when they are asked for.
 
-    size: side of the square pictures in pixels. The mask holds both objects, except where the background is what changes, and
-    every pixel that differs between source and truth, such as the shadow's.
+    size: side of the square pictures in pixels. The mask holds the edited object before and after, except where the background
+    is what changes, and every pixel that differs between source and truth, such as the shadow's.
     """
     check_count(count)
-    cases = ((seed, make_case(task, random_scene(seed))) for seed in itertools.count(first_seed))
+    cases = ((seed, make_case(task, task.scenes(seed))) for seed in itertools.count(first_seed))
     found = ((seed, case) for seed, case in cases if case is not None)
     return [_tabletop_edit(seed, case, size) for seed, case in itertools.islice(found, count)]
 
@@ -139,10 +156,12 @@ def _tabletop_edit(seed: int, case: Case, size: int) -> TabletopEdit:
         prompt=case.source_prompt,
         group=case.task.name,
         target_prompt=case.prompt,
-        words=(case.source.shape, case.truth.shape),
+        words=case.words,
         region=partial(_edited_region, case, size),
         outlines=partial(_outlines, case, size),
         true_source=partial(_rendered, case.truth, size),
+        style_source=None if case.style is None else partial(_rendered, case.style, size),
+        style_prompt="" if case.style is None else caption(case.style),
         case=case,
     )
 
@@ -152,16 +171,16 @@ def _rendered(scene: Scene, size: int) -> Image.Image:
 
 
 def _outlines(case: Case, size: int) -> tuple[Tensor, Tensor]:
-    before, after = render([case.source, case.truth], size)[1][:, 0]
-    return before, after
+    covered = render_apart([case.source, case.truth], size)[1]
+    before, after = case.task.edited
+    return torch.zeros(size, size) if before is None else covered[0, before], covered[1, after]
 
 
 def _edited_region(case: Case, size: int) -> Tensor:
-    pictures, objects = render([case.source, case.truth], size)
-    source, truth = images.to_uint8(pictures * 2 - 1)
+    source, truth = images.to_uint8(render([case.source, case.truth], size)[0] * 2 - 1)
     changed = (source != truth).any(-1)
     if case.task.field != "background":
-        changed |= (objects > 0).any(0)[0]
+        changed |= torch.stack(_outlines(case, size)).gt(0).any(0)
     return changed.float()
 
 

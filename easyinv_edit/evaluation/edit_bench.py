@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_control import CONTROLLERS
 from easyinv_edit import images
 from easyinv_edit.cost import Cost
-from easyinv_edit.errors import EasyInvError, NonFiniteError
+from easyinv_edit.errors import EasyInvError, InputError, NonFiniteError
 from easyinv_edit.evaluation.columns import Sample
 from easyinv_edit.evaluation.datasets import EditItem, Item, TabletopEdit
 from easyinv_edit.evaluation.ground_truth import Case, Task, make_cases
@@ -27,8 +28,7 @@ from easyinv_edit.evaluation.work import Work, fitted_mask, seeded, unit
 from easyinv_edit.result import EditResult
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import Judge, shown
-from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import random_scene
+from easyinv_edit.tabletop.render import render, render_apart
 from easyinv_edit.trajectory import Trajectory
 
 __all__ = ["BASELINE", "CONTROLS", "EditBench", "cases_of"]
@@ -36,7 +36,7 @@ __all__ = ["BASELINE", "CONTROLS", "EditBench", "cases_of"]
 
 def cases_of(task: Task, first_seed: int, count: int) -> list[Case]:
     """The first `count` cases of a task among scenes from a seed on."""
-    return make_cases(task, [random_scene(first_seed + i) for i in range(20 * count)], count)
+    return make_cases(task, [task.scenes(first_seed + i) for i in range(20 * count)], count)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class EditBench:
             prepared,
             item.target_prompt,
             control=variant.controller(item),
+            style=self._style(item, variant),
             guidance_scale=config.guidance_scale,
             negative_prompt=config.negative_prompt,
             pin_source=variant.pinned,
@@ -76,6 +77,18 @@ class EditBench:
         sample = self._sample(item, prepared, made)
         row = self.work.row(item, variant) | self.work.measures.row(sample)
         return [row | ({"pictures": self._pictures(item, variant, sample)} if self.work.kept(item) else {})]
+
+    def _style(self, item: EditItem, variant: Variant) -> Trajectory | None:
+        """The second picture's inversion, for controllers that read one; its cost is not in the columns."""
+        kind = CONTROLLERS.get((variant.settings or {}).get("name", ""))
+        if getattr(kind, "sources", 1) == 1:
+            return None
+        if (picture := item.style) is None:
+            raise InputError(f"{item.name}: has no second picture, which {variant.control} reads")
+        generator, steps = seeded(self.work.config.seed), variant.steps or 1
+        options = {"num_inference_steps": steps, "generator": generator, **self.work.options()}
+        assert variant.method is not None
+        return self.work.pipe.invert(picture, item.style_prompt, variant.method, **options)
 
     def _sample(self, item: EditItem, trajectory: Trajectory, made: EditResult) -> Sample:
         assert made.source is not None
@@ -96,19 +109,21 @@ class EditBench:
         )
 
     def _truth(self, item: EditItem) -> tuple[Tensor | None, Tensor | None]:
-        """The true result and where its object is; rendered, so not rounded to 8 bits."""
+        """The true result and where its edited object is; rendered, so not rounded to 8 bits."""
         if isinstance(item, TabletopEdit):
-            return render([item.case.truth], self.work.size[0])
+            picture, covered = render_apart([item.case.truth], self.work.size[0])
+            return picture, covered[:, item.case.task.edited[1], None]
         truth = item.truth
         return None if truth is None else unit(images.fit(truth, self.work.size, self.work.config.fit)[0]), None
 
     def _read(self, item: EditItem, picture: Tensor) -> dict[str, float]:
-        """Whether the judge sees the requested word, NaN where there is none, and in which share of the others the source's."""
+        """Whether the judge sees the requested word, NaN where there is none or it reads no such words, and in which share of
+        the others that it reads the source's."""
         if self.judge is None or not isinstance(item, TabletopEdit):
             return {}
         task, words, wanted = item.case.task, self.judge.read(picture)[0], shown(item.case.truth)
-        kept = [words[field] == wanted[field] for field in task.kept if field in wanted]
-        target = float(words[task.field] == wanted[task.field]) if task.sayable else math.nan
+        kept = [words[field] == wanted[field] for field in task.kept if field in wanted and field in words]
+        target = float(words[task.field] == wanted[task.field]) if task.field in words else math.nan
         return {"target": target, "kept": statistics.fmean(kept)}
 
     def _pictures(self, item: EditItem, variant: Variant, sample: Sample) -> dict[str, str]:

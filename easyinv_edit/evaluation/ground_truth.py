@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -19,27 +20,51 @@ from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.captions import caption
-from easyinv_edit.tabletop.judge import Judge, shown
+from easyinv_edit.tabletop.judge import READ, Judge, shown
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SHAPES, TEXTURES, WORDS, Scene, replace, second_colours
+from easyinv_edit.tabletop.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    POSES,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    random_scene,
+    replace,
+    second_colours,
+)
 from easyinv_edit.trajectory import Trajectory
+
+Change: TypeAlias = Callable[[Scene], tuple[Scene, Scene] | None]
+"""Source and true result that a random scene gives; None where the edit cannot be shown on it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of edit. field: the scene attribute that changes; unnamed: what both prompts leave unsaid; kept: the
-    attributes, besides, that a good edit keeps; apart: whether a new colour is never a look-alike of the old one."""
+    """One kind of edit.
+
+    field: what changes and a judge reads (of `judge.READ`; "offset" is read by none); unnamed: what both prompts leave unsaid,
+    of a second solid too unless beside_unnamed says otherwise; kept: what, besides, a good edit keeps; apart: whether a new
+    colour is never a look-alike of the old one; change: makes source and truth, by default another word for the field;
+    scenes: makes the scene of a seed; edited: which solids are edited, by their place in source and truth (None: not there);
+    style: makes, from the truth, another scene with the look that the edit asks for, for controllers that read two pictures.
+    """
 
     name: str
     field: str
     unnamed: tuple[str, ...]
     kept: tuple[str, ...]
     apart: bool = False
+    change: Change | None = None
+    beside_unnamed: tuple[str, ...] | None = None
+    scenes: Callable[[int], Scene] = random_scene
+    edited: tuple[int | None, int] = (0, 0)
+    style: Callable[[Scene], Scene] | None = None
 
     @property
     def sayable(self) -> bool:
         """Whether captions have words for what changes; else both prompts are the same."""
-        return self.field in WORDS
+        return self.field in READ
 
 
 TASKS: tuple[Task, ...] = (
@@ -66,7 +91,8 @@ APART = Task("colour", "colour", ("texture", "second"), ("texture", "shape"), ap
 UNSAYABLE: dict[str, Task] = {
     "move": Task("move", "offset", ("texture", "colour", "second"), ("texture", "colour", "second", "shape", "size", "pose")),
 }
-"""Edits that captions have no words for: both prompts are the same, and only masks (`suite.masks`) tell where the object goes.
+"""Edits whose captions do not say them, as their scenes are older than words for places: both prompts are the same, and only
+masks (`suite.masks`) tell where the object goes.
 
 They are among no defaults, for the embedded model cannot make them: it has seen objects only within 2 of 64 pixels of the
 middle. Of the 8 pixels that "move" moves, its objects' centres (8 scenes, T = 25) go 2 where MasaCtrl is given both masks,
@@ -96,6 +122,18 @@ class Case:
     source_prompt: str
     prompt: str
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """The edited solid's shape in the source and in the truth; of one that is new, its shape twice."""
+        before, after = self.task.edited
+        new = self.truth.solids[after].shape
+        return (new if before is None else self.source.solids[before].shape), new
+
+    @property
+    def style(self) -> Scene | None:
+        """The scene whose look the edit asks for, where the task has one."""
+        return None if self.task.style is None else self.task.style(self.truth)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -115,11 +153,19 @@ class Outcome:
 
 def make_case(task: Task, scene: Scene) -> Case | None:
     """The case of a scene, or None where the task cannot be shown on it (a plain object has no texture to keep)."""
+    if (pair := (task.change or partial(_changed, task))(scene)) is None:
+        return None
+    source, truth = pair
+    prompts = (caption(each, task.unnamed, task.beside_unnamed if each.beside else None) for each in pair)
+    return Case(task, source, truth, *prompts)
+
+
+def _changed(task: Task, scene: Scene) -> tuple[Scene, Scene] | None:
+    """A textured scene and the same with another word, or at another place."""
     if scene.texture == "plain" or (task.field == "pose" and scene.shape in ("ball", "ring")):
         return None
     changed: dict[str, Any] = {task.field: _other(task, scene) if task.sayable else _moved(scene)}
-    truth = replace(scene, **changed)
-    return Case(task, scene, truth, caption(scene, task.unnamed), caption(truth, task.unnamed))
+    return scene, replace(scene, **changed)
 
 
 def _other(task: Task, scene: Scene) -> str:
@@ -127,7 +173,7 @@ def _other(task: Task, scene: Scene) -> str:
     if task.field == "size":
         return "large" if scene.size != "large" else "small"
     if task.field == "colour":
-        return _colour_apart(scene) if task.apart else _colour(scene)
+        return colour_apart(scene) if task.apart else _colour(scene)
     patterns = tuple(texture for texture in TEXTURES if texture != "plain")  # a plain object would not show its second colour
     tables = {"shape": SHAPES, "pose": tuple(POSES), "background": tuple(BACKGROUNDS), "texture": patterns}
     words = tables[task.field]
@@ -140,7 +186,7 @@ def _colour(scene: Scene) -> str:
     return words[len(words) // 2]
 
 
-def _colour_apart(scene: Scene) -> str:
+def colour_apart(scene: Scene) -> str:
     """The first from half way round the table on that is no look-alike of the old colour nor of the second one."""
     words = tuple(COLOURS)
     start = words.index(scene.colour) + len(words) // 2

@@ -99,7 +99,8 @@ def _measure(bench: Bench, work: Work, items: Sequence[Item], lines: Sequence[Va
     parts = datasets.chunks(items, work.config.batch)
     for number, part in enumerate(parts):
         for group in groups(lines):
-            left = [v for v in group if not all(ledger.holds(variant=v.label, item=item.name) for item in part)]
+            left = [v for v in group if v.suits(part)]
+            left = [v for v in left if not all(ledger.holds(variant=v.label, item=item.name) for item in part)]
             if not left:
                 continue
             if not warm:

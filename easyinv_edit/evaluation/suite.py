@@ -2,7 +2,8 @@
 
 A version is never changed: what would change its cases makes a new one. Version 1 is what this package's first numbers were
 measured on (`bench edits --scenes 24`); a fifth of its colour edits go to a look-alike. Version 2 has clear colour edits,
-texture edits, more scenes, and for each task scenes of its own.
+texture edits, more scenes, and for each task scenes of its own. Version 3 has what the controllers of the wider world are for,
+`company.COMPANY`, besides; its "move" says the place in words.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from easyinv_edit.choices import nearest
 from easyinv_edit.errors import EasyInvError, InputError
+from easyinv_edit.evaluation.company import COMPANY
 from easyinv_edit.evaluation.datasets import TabletopEdit, tabletop_edits
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS, APART, UNSAYABLE, Case, Task, make_case
 from easyinv_edit.evaluation.set_files import check_count
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import Judge
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SECOND_COLOURS, SIZES, random_scene
+from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SECOND_COLOURS, SIZES
 
 Row = Mapping[str, Any]
 
@@ -57,6 +59,8 @@ FIRST_SEED = 26_000_000
 """Scenes of the suite from version 2 on: neither trained on nor used by any other evaluation."""
 _TASKS = {**ALL_TASKS, "colour": APART, **UNSAYABLE}
 
+_WIDER = {**ALL_TASKS, "colour": APART, **COMPANY}
+
 SUITES: dict[str, Suite] = {
     "1": Suite(
         version="1",
@@ -69,6 +73,12 @@ SUITES: dict[str, Suite] = {
         parts={name: Part(task, FIRST_SEED + 1000 * i) for i, (name, task) in enumerate(_TASKS.items())},
         count=32,
         digest="16d538b4ced5c751a46d02e0464966d23f8fb1f8c31bcf7061d2cbc49ea3d25a",
+    ),
+    "3": Suite(
+        version="3",
+        parts={name: Part(task, FIRST_SEED + 100_000 + 1000 * i) for i, (name, task) in enumerate(_WIDER.items())},
+        count=32,
+        digest="86db16657ad31ef46da7c4ef2abe5e48cfed14bad5700431588026186533b0f6",
     ),
 }
 """Every version, the latest last."""
@@ -105,10 +115,20 @@ def judge_accuracy(judge: Judge, cases: Sequence[Case], size: int) -> dict[str, 
 def manifest(suite: Suite = SUITE) -> list[dict[str, Any]]:
     """Everything that decides the cases, JSON-able, a mapping each: task, kept, seed, source, truth, source_prompt, prompt."""
     return [
-        {**asdict(case), "task": name, "kept": part.task.kept, "seed": seed}
+        {**_mapping(case), "task": name, "kept": part.task.kept, "seed": seed}
         for name, part in suite.parts.items()
         for seed, case in _found(part, suite.count)
     ]
+
+
+def _mapping(case: Case) -> dict[str, Any]:
+    """Scenes without what they do not have: versions are older than places and second solids."""
+    older = {"place": "middle", "beside": None}
+    scenes = {
+        key: {k: v for k, v in asdict(getattr(case, key)).items() if k not in older or v != older[k]}
+        for key in ("source", "truth")
+    }
+    return {**asdict(case), **scenes}
 
 
 def digest(suite: Suite) -> str:
@@ -120,7 +140,7 @@ def digest(suite: Suite) -> str:
 
 def _found(part: Part, count: int) -> Iterator[tuple[int, Case]]:
     """(seed, case) of the first `count` cases."""
-    tried = ((seed, make_case(part.task, random_scene(seed))) for seed in itertools.count(part.first_seed))
+    tried = ((seed, make_case(part.task, part.task.scenes(seed))) for seed in itertools.count(part.first_seed))
     return itertools.islice(((seed, case) for seed, case in tried if case is not None), count)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attention_control import CONTROLLERS
 from easyinv_edit.choices import build, describe
-from easyinv_edit.evaluation.datasets import EditItem
+from easyinv_edit.evaluation.datasets import EditItem, Item
 from easyinv_edit.inversion import INVERSIONS, InversionMethod
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ BASELINE = "none"
 """The control that the others' gains are against."""
 SOURCE_WORD, TARGET_WORD = "{source_word}", "{target_word}"
 SOURCE_MASK, TARGET_MASK = "{source_mask}", "{target_mask}"
-STANDINS = (SOURCE_WORD, TARGET_WORD, SOURCE_MASK, TARGET_MASK)
-"""Stand in a control's settings for the item's own words and masks; a setting is left out where the item has none."""
+TARGET_BOX = "{target_box}"
+STANDINS = (SOURCE_WORD, TARGET_WORD, SOURCE_MASK, TARGET_MASK, TARGET_BOX)
+"""Stand in a control's settings for the item's own words, masks and box; a setting is left out where the item has none."""
 INVERSION_KEYS = ("label", "num_inference_steps", "pin_source")
 """Keys of an inversion in a configuration that are not the method's settings."""
-CONTROL_KEYS = ("label", "source_prompt")
+CONTROL_KEYS = ("label", "source_prompt", "tasks")
 """Keys of a control that are not the controller's settings."""
 
 CONTROLS: dict[str, Mapping[str, Any]] = {
@@ -47,13 +48,20 @@ CONTROLS: dict[str, Mapping[str, Any]] = {
 """What edits are compared under, by the name in tables: every registered controller that needs no second picture, box or list,
 with its defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are
 above the papers'."""
+ON_REQUEST: dict[str, Mapping[str, Any]] = {
+    "object_add": {"name": "object_add", "word": TARGET_WORD, "box": TARGET_BOX},
+    "portrait": {"name": "portrait"},
+}
+"""Further names, of controllers that need what only some items have: something to add, or a second picture."""
+NAMED = {**CONTROLS, **ON_REQUEST}
 
 
 @dataclass(frozen=True)
 class Variant:
     """One line of the tables. label: the line's name; inversion: the inversion's; method: itself, None for the autoencoder's
     round trip; steps: T; pinned: whether edits overwrite the source; control: the control's name, and settings: the controller
-    with its settings, None where nothing is edited; source_prompt: takes the place of the items' own where it is not None."""
+    with its settings, None where nothing is edited; source_prompt: takes the place of the items' own where it is not None;
+    tasks: the groups of items it is for, none for all."""
 
     label: str
     inversion: str
@@ -64,6 +72,11 @@ class Variant:
     control: str | None = None
     settings: Mapping[str, Any] | None = None
     source_prompt: str | None = None
+    tasks: tuple[str, ...] = ()
+
+    def suits(self, items: Iterable[Item]) -> bool:
+        """Whether these items are among those it is for."""
+        return not self.tasks or all(item.group in self.tasks for item in items)
 
     def facts(self) -> dict[str, Any]:
         """What a row of results says of its variant."""
@@ -99,7 +112,8 @@ def _controlled(one: Variant, choice: Mapping[str, Any]) -> Variant:
     """The variant under a control."""
     name = control_label(choice)
     prompt, label = choice.get("source_prompt"), f"{one.label} + {name}"
-    return dataclasses.replace(one, label=label, control=name, settings=controller_of(choice), source_prompt=prompt)
+    one = dataclasses.replace(one, source_prompt=prompt, tasks=tuple(choice.get("tasks") or ()))
+    return dataclasses.replace(one, label=label, control=name, settings=controller_of(choice))
 
 
 def _by_steps(config: Benchmark) -> list[tuple[Mapping[str, Any], int]]:
@@ -141,7 +155,7 @@ def inversion_of(entry: Mapping[str, Any], guidance: float) -> InversionMethod:
 def controller_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
     """The controller of a configuration's control: of `CONTROLS` where nothing but its name is given."""
     given = without(choice, CONTROL_KEYS)
-    return CONTROLS[given["name"]] if len(given) == 1 and given.get("name") in CONTROLS else given
+    return NAMED.get(given["name"], given) if len(given) == 1 and "name" in given else given
 
 
 def inversion_label(entry: Mapping[str, Any]) -> str:
@@ -168,7 +182,7 @@ def known_of(item: EditItem) -> dict[str, Any]:
     """What an item puts in place of `STANDINS`."""
     words = {} if item.words is None else dict(zip((SOURCE_WORD, TARGET_WORD), item.words, strict=True))
     masks = {} if item.masks is None else dict(zip((SOURCE_MASK, TARGET_MASK), item.masks, strict=True))
-    return {**words, **masks}
+    return {**words, **masks, **({} if item.box is None else {TARGET_BOX: item.box})}
 
 
 def filled(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

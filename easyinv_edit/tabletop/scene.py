@@ -1,4 +1,4 @@
-"""A tabletop scene: one solid on a plain ground, described by words a caption can use.
+"""A tabletop scene: one or two solids on a plain ground, described by words a caption can use.
 
 A scene decides its picture completely, so `replace(scene, shape="cube")` is the ground truth of the edit
 "make it a cube". This module knows nothing of pixels or networks.
@@ -9,6 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from dataclasses import replace as replace  # re-exported: the ground-truth edit
+from typing import Any
+
+from torch import Tensor
+
+from easyinv_edit.tabletop import geometry
 
 Colour = tuple[float, float, float]
 
@@ -55,31 +60,58 @@ WHITE_SHARE = 0.40
 TEXTURE_WEIGHTS = (1, 2, 2, 2)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One solid on a ground.
+PLACES: dict[str, float] = {"left": -0.36, "middle": 0.0, "right": 0.36}
+"""Horizontal place of the middle of a single solid's outline, in half picture sides."""
+BESIDE = 0.49
+"""How far from the middle each of two solids stands."""
 
-    `shape`, `texture`, `colour`, `second` (second texture colour, unused when plain), `background`, `size` and `pose`
-    are words from this module's tables; `yaw` is the turn about the vertical axis in radians, `offset` the horizontal
-    place in half picture sides, `light` the horizontal slope of the light. Raises ValueError on an unknown word.
+
+@dataclass(frozen=True, kw_only=True)
+class Solid:
+    """One solid.
+
+    `shape`, `texture`, `colour`, `second` (second texture colour, unused when plain), `size`, `pose` and `place` are words from
+    this module's tables; `yaw` is the turn about the vertical axis in radians, `offset` where the middle of its body really
+    stands, in half picture sides. Raises ValueError on an unknown word.
     """
 
     shape: str = "ball"
     texture: str = "plain"
     colour: str = "red"
     second: str = "white"
-    background: str = "white"
     size: str = "medium"
     pose: str = "upright"
+    place: str = "middle"
     yaw: float = 0.3
     offset: float = 0.0
-    light: float = 0.3
 
     def __post_init__(self) -> None:
-        for field, allowed in WORDS.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ValueError(f"Scene: {field} is {value!r}; choose one of {', '.join(allowed)}")
+        for field, allowed in {**WORDS, "place": tuple(PLACES)}.items():
+            value = getattr(self, field, None)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{type(self).__name__}: {field} is {value!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def rotation(self) -> Tensor:
+        """(3, 3) object -> camera."""
+        return geometry.rotation(self.shape, POSES[self.pose], self.yaw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene(Solid):
+    """A solid on a ground, maybe with another one beside it.
+
+    `background` is a word, `light` the horizontal slope of the light, `beside` the second solid, on the right of the first.
+    """
+
+    background: str = "white"
+    light: float = 0.3
+    beside: Solid | None = None
+
+    @property
+    def solids(self) -> tuple[Solid, ...]:
+        """One or two solids, from left to right."""
+        return (self,) if self.beside is None else (self, self.beside)
 
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -91,7 +123,28 @@ WORDS: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "pose": tuple(POSES),
 }
-"""Every attribute a caption can name, with its words."""
+"""Every attribute of a solid or of the ground that a caption can name, with its words; for the place see `PLACES`."""
+
+
+def standing(scene: Scene, at: float, beside_at: float | None = None) -> Scene:
+    """The scene with its first solid's outline in the middle of a horizontal place, and the second one's of another (None: left
+    where it is). It is the outline, not the body, so that the border does not cut a tilted cone."""
+    beside = scene.beside
+    if beside is not None and beside_at is not None:
+        beside = replace(beside, offset=beside_at - _lean(beside))
+    return replace(scene, offset=at - _lean(scene), beside=beside)
+
+
+def middle(solid: Solid) -> float:
+    """The horizontal middle of a solid's outline, in half picture sides."""
+    return solid.offset + _lean(solid)
+
+
+def _lean(solid: Solid) -> float:
+    """How far right of the body's centre the middle of the outline is."""
+    across = solid.rotation[0]
+    left, right = (geometry.support(solid.shape, side * across) for side in (-1, 1))
+    return SIZES[solid.size] * (right - left) / 2
 
 
 def second_colours(colour: str) -> list[str]:
@@ -116,3 +169,38 @@ def random_scene(seed: int) -> Scene:
         offset=rng.uniform(-0.06, 0.06),
         light=rng.uniform(-0.5, 0.5),
     )
+
+
+PAIR_SHARE = 0.45
+"""Share of scenes with two solids in the wider world."""
+PLACE_WEIGHTS = {"small": (1, 2, 1), "medium": (1, 3, 1), "large": (0, 1, 0)}
+"""How often a single solid of each size stands at each of `PLACES`: a large one only fits in the middle."""
+
+
+def random_table(seed: int) -> Scene:
+    """The scene of a seed in the wider world: one solid at any of `PLACES`, or two small ones side by side."""
+    rng = random.Random(seed)
+    first = _random_solid(rng)
+    white = rng.random() < WHITE_SHARE
+    background = "white" if white else rng.choice([b for b in BACKGROUNDS if b != "white"])
+    ground: dict[str, Any] = {"background": background, "light": rng.uniform(-0.5, 0.5)}
+    if rng.random() < PAIR_SHARE:
+        beside = Solid(**{**_random_solid(rng), "size": "small", "place": "right"})
+        scene = Scene(**{**first, **ground, "size": "small", "place": "left"}, beside=beside)
+        return standing(scene, *(side * BESIDE + rng.uniform(-0.015, 0.015) for side in (-1, 1)))
+    place = rng.choices(list(PLACES), weights=PLACE_WEIGHTS[first["size"]])[0]
+    return standing(Scene(**first, **ground, place=place), PLACES[place] + rng.uniform(-0.04, 0.04))
+
+
+def _random_solid(rng: random.Random) -> dict[str, Any]:
+    """Words and turn of a solid."""
+    colour = rng.choice(list(COLOURS))
+    return {
+        "shape": rng.choice(SHAPES),
+        "texture": rng.choices(TEXTURES, weights=TEXTURE_WEIGHTS)[0],
+        "colour": colour,
+        "second": rng.choice(second_colours(colour)),
+        "size": rng.choice(list(SIZES)),
+        "pose": rng.choice(list(POSES)),
+        "yaw": rng.uniform(-0.6, 0.6),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from attention_control import CONTROLLERS, CrossMaps
 from easyinv_edit.cli_bench import COST_COLUMNS, markdown
-from easyinv_edit.evaluation import cost_bench
+from easyinv_edit.evaluation import cost_bench, suite
 from easyinv_edit.evaluation import edit_bench as bench
 from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping
 from easyinv_edit.evaluation.datasets import TabletopEdit, tabletop_edits
@@ -282,3 +283,44 @@ def test_what_a_controlled_step_allocates_is_seen(untrained: EditPipeline, monke
     monkeypatch.setattr(cost_bench, "CONTROLS", {"masactrl, words": cost_bench.CONTROLS["masactrl, words"]})
     monkeypatch.setattr(CrossMaps, "add", lambda _maps, _role, _index, seen: held.append(seen))
     assert cost_bench.step_memory(untrained, 16)[0]["extra"] > 0.05
+
+
+# --- controls that need what only some edits have -----------------------------------------------------------------------
+
+
+def wider(model: Path, place: Path, controls: list[Any], tasks: list[str]) -> list[dict[str, Any]]:
+    data = {"set": "tabletop_edits", "suite": "3", "count": 1, "tasks": tasks}
+    run(config(model, data=data, controls=controls), place, quiet)
+    return rows_of(place)
+
+
+def test_a_control_for_some_tasks_is_measured_on_those_alone(model: Path, tmp_path: Path) -> None:
+    controls = ["none", {"name": "object_add", "tasks": ["add"]}, {"name": "portrait", "tasks": ["repaint"]}]
+    rows = wider(model, tmp_path, controls, ["add", "repaint"])
+    assert not [row for row in rows if "error" in row]
+    found = {(row["group"], row["control"]) for row in rows}
+    assert found == {("add", "none"), ("add", "object_add"), ("repaint", "none"), ("repaint", "portrait")}
+    assert {row["evaluations"] for row in rows if row["control"] == "portrait"} == {4 * 6}
+
+
+def test_a_control_of_two_pictures_says_where_there_is_only_one(model: Path, tmp_path: Path) -> None:
+    rows = wider(model, tmp_path, ["portrait"], ["add"])
+    assert [row["error"] for row in rows] == [f"{rows[0]['item']}: has no second picture, which portrait reads"]
+
+
+def test_of_two_solids_only_the_edited_one_counts_as_inside(model: Path, tmp_path: Path) -> None:
+    (row,) = wider(model, tmp_path, ["none"], ["one of two"])
+    (item,) = suite.items(SIZE, ["one of two"], 1, suite.SUITES["3"])
+    assert item.masks is not None
+    result = to_tensor(load(tmp_path / row["pictures"]["result"])) / 2 + 0.5
+    truth = render([item.case.truth], SIZE)[0]
+    assert row["inside"] == pytest.approx(psnr(result, truth, item.masks[1][None, None]), abs=0.05)
+
+
+def test_a_judge_that_reads_less_leaves_what_it_cannot_read_out(model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = shutil.copytree(model, tmp_path / "model")
+    judging.save(judging.Judge(("shape", "colour")), own / "judge.safetensors")
+    (row,) = wider(own, tmp_path / "run", ["none"], ["add"])
+    assert row["target"] is None
+    assert 0 <= row["kept"] <= 1

@@ -249,7 +249,7 @@ def test_options_and_a_file_make_the_same_run(command: Command, model: Path, tmp
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["data.count=2"], "'data.count=2': keys are of a benchmark's file; give it with --config"),
         (["--steps", "10", "20"], "'20': belongs to no option; separate several values of one by commas, e.g. --steps 10,20"),
-        (["--config", "paper_table1"], "paper_table1.yaml:12:19: data.path: is missing; give the folder that holds val2017"),
+        (["--config", "paper_table1"], "paper_table1.yaml:13:19: data.path: is missing; give the folder that holds val2017"),
         (["--config", "paper_table1", "data.path=nowhere"], "nowhere/val2017: is no folder"),
         (["--config", "tabletop_edits"], "is of kind edits; run it by `easyinv-edit bench edits --config tabletop_edits`"),
         (["--config", "tabletop_reconstruction", "size=62", "data.count=1"], "size 62 x 62: give a multiple of "),

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from easyinv_edit.errors import EasyInvError, InputError
 from easyinv_edit.evaluation import benchmark, ground_truth, suite, tabletop
+from easyinv_edit.evaluation.company import COMPANY
 from easyinv_edit.evaluation.ground_truth import ALL_TASKS, APART, TASKS, Case, make_cases
 from easyinv_edit.evaluation.leaderboard import grid, leaderboard, markdown
 from easyinv_edit.evaluation.suite import SUITE, SUITES, judge_accuracy, manifest
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
+from easyinv_edit.tabletop import geometry, training
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop import render as rendering
 from easyinv_edit.tabletop import scene as scenes
-from easyinv_edit.tabletop import training
 from easyinv_edit.tabletop.judge import shown
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import WORDS, Scene, random_scene
@@ -46,13 +47,21 @@ def test_a_version_holds_the_cases_it_was_published_with(version: suite.Suite) -
     assert len({(entry["task"], entry["seed"]) for entry in found}) == len(found)
 
 
-def test_the_latest_version_has_six_tasks_to_ask_for_and_32_cases_of_each() -> None:
-    assert SUITE is list(SUITES.values())[-1]
+def test_the_shipped_models_version_has_six_tasks_to_ask_for_and_32_cases_of_each() -> None:
+    assert SUITE is SUITES["2"]
     assert SUITE.tasks == ("shape", "size", "turn", "colour", "background", "texture")
     assert (*SUITE.tasks, "move") == EVERYTHING
     assert SUITE.parts["colour"].task is APART
     assert [case.task.name for case in suite.cases()] == [name for name in SUITE.tasks for _ in range(32)]
     assert len({case.source for case in suite.cases(EVERYTHING)}) == 32 * 7, "no scene twice"
+
+
+def test_the_widest_version_can_ask_for_everything_and_repeats_no_scene() -> None:
+    widest = SUITES["3"]
+    assert widest.tasks == tuple(widest.parts) == (*ALL_TASKS, *COMPANY)
+    found = suite.cases(suite=widest)
+    assert [case.task.name for case in found] == [name for name in widest.tasks for _ in range(32)]
+    assert len({case.source for case in found}) == 32 * 12
 
 
 def test_the_first_version_is_the_published_benchmark() -> None:
@@ -73,7 +82,7 @@ def test_a_changed_table_is_noticed(monkeypatch: pytest.MonkeyPatch, table: str)
 
 def test_a_changed_caption_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     known = ground_truth.caption
-    monkeypatch.setattr(ground_truth, "caption", lambda scene, unnamed: f"{known(scene, unnamed)} now")
+    monkeypatch.setattr(ground_truth, "caption", lambda *given: f"{known(*given)} now")
     with pytest.raises(EasyInvError, match="give what they are now a new version"):
         suite.items(32)
 
@@ -105,9 +114,13 @@ def test_the_renderer_draws_them_as_it_did(name: str) -> None:
     assert looks(suite.cases([name])) == pytest.approx(LOOKS[name], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("constant", "value"), [("STAR_DEPTH", 0.28), ("GROUND", -0.61), ("HIT", 1e-2)])
-def test_a_changed_renderer_is_noticed(monkeypatch: pytest.MonkeyPatch, constant: str, value: float) -> None:
-    monkeypatch.setattr(rendering, constant, value)
+@pytest.mark.parametrize(
+    ("module", "constant", "value"),
+    [(geometry, "STAR_DEPTH", 0.28), (rendering, "GROUND", -0.61), (rendering, "HIT", 1e-2)],
+    ids=["STAR_DEPTH", "GROUND", "HIT"],
+)
+def test_a_changed_renderer_is_noticed(monkeypatch: pytest.MonkeyPatch, module: Any, constant: str, value: float) -> None:
+    monkeypatch.setattr(module, constant, value)
     found = looks(suite.cases(["shape"]))
     assert found != pytest.approx(LOOKS["shape"], abs=TOLERANCE)
 
@@ -221,7 +234,7 @@ def test_words_that_no_picture_shows_do_not_count() -> None:
     case = suite.cases(["background"], 1)[0]
     plain = replace(case, truth=replace_scene(case.truth, texture="plain", shape="ball"))
     judge: Any = _Reader([shown(plain.truth) | {"second": "black", "pose": "tilted"}])
-    assert set(judge_accuracy(judge, [plain], 16)) == set(WORDS) - {"second", "pose"}
+    assert set(judge_accuracy(judge, [plain], 16)) == {*WORDS, "place", "company"} - {"second", "pose"}
 
 
 def replace_scene(scene: Scene, **changed: str) -> Scene:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from easyinv_edit.tabletop import autoencoder, judge, networks
+from easyinv_edit.tabletop.fitting import Fit
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import WORDS, Scene, random_scene, replace
+from easyinv_edit.tabletop.scene import BESIDE, WORDS, Scene, Solid, random_scene, replace
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,18 @@ def test_the_loss_is_zero_for_equal_pictures_and_weighs_the_object(bytes_and_mas
 
 
 def test_words_that_cannot_be_seen_are_ignored() -> None:
-    plain_ball = Scene("ball", "plain", "red")
+    plain_ball = Scene(shape="ball", texture="plain", colour="red")
     labels = judge.labels([plain_ball, replace(plain_ball, texture="dotted"), replace(plain_ball, shape="cube")])
     assert [labels["second"][i].item() == judge.IGNORED for i in range(3)] == [True, False, True]
     assert [labels["pose"][i].item() == judge.IGNORED for i in range(3)] == [True, False, False]
+
+
+def test_a_pair_shows_neither_size_nor_place_but_the_second_solids_words() -> None:
+    ball = Scene(shape="ball", texture="dotted", size="small", offset=-BESIDE)
+    assert judge.shown(ball).keys() == {*WORDS, "place", "company"}
+    words = judge.shown(replace(ball, beside=Solid(shape="cube", offset=BESIDE)))
+    assert words.keys() == {*WORDS, "company", *(f"beside {field}" for field in judge.OF_SOLIDS)} - {"size", "beside second"}
+    assert (words["shape"], words["beside shape"], words["company"]) == ("ball", "cube", "pair")
 
 
 class _Reader:
@@ -78,7 +88,7 @@ class _Reader:
 
 
 def test_accuracy_is_the_share_of_right_words() -> None:
-    scene = Scene("ball", "dotted", "red", "white")
+    scene = Scene(shape="ball", texture="dotted", colour="red", second="white")
     reader: Any = _Reader(scene)
     shares = judge.accuracy(reader, torch.zeros(4, 3, 8, 8), [scene, scene, replace(scene, colour="blue"), scene])
     assert shares["colour"] == 0.75
@@ -86,22 +96,36 @@ def test_accuracy_is_the_share_of_right_words() -> None:
 
 
 def test_accuracy_leaves_out_words_that_cannot_be_seen() -> None:
-    scene = Scene("ball", "plain", "red", "white")
+    scene = Scene(shape="ball", texture="plain", colour="red", second="white")
     reader: Any = _Reader(replace(scene, second="black", pose="tilted"))
-    assert judge.accuracy(reader, torch.zeros(1, 3, 8, 8), [scene]).keys() == WORDS.keys() - {"second", "pose"}
+    shares = judge.accuracy(reader, torch.zeros(1, 3, 8, 8), [scene])
+    assert shares.keys() == WORDS.keys() - {"second", "pose"}
     cube = replace(scene, shape="cube")
     shares = judge.accuracy(reader, torch.zeros(2, 3, 8, 8), [scene, cube])
     assert shares["pose"] == 0.0
     assert shares["shape"] == 0.5
 
 
-def test_a_saved_judge_reads_the_same(tmp_path: Path, bytes_and_masks: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("fields", [tuple(judge.READ), ("shape", "pose")], ids=["all", "some"])
+def test_a_saved_judge_reads_the_same(tmp_path: Path, bytes_and_masks: tuple[Tensor, Tensor], fields: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    original = judge.Judge().eval()
+    original = judge.Judge(fields).eval()
     judge.save(original, tmp_path / "judge.safetensors")
     again = judge.load(tmp_path / "judge.safetensors")
+    assert list(again.heads) == list(fields)
     pictures = bytes_and_masks[0].float() / 255
     with torch.no_grad():
         assert all(
             (a - b).abs().max() < 1e-2 for a, b in zip(original(pictures).values(), again(pictures).values(), strict=True)
         )
+
+
+def test_a_judge_learns_what_its_scenes_show_and_a_batch_without_it_costs_nothing(tmp_path: Path) -> None:
+    scenes = [random_scene(seed) for seed in range(4)]
+    pictures = (render(scenes, 64)[0] * 255).byte()
+    made, _ = judge.train(pictures, scenes, Fit(samples=8, batch=4, warmup=1), tmp_path, torch.device("cpu"))
+    assert set(made.heads) == {*WORDS, "place", "company"}
+    logits = torch.zeros(2, 3, requires_grad=True)
+    nothing = judge._loss(logits, torch.full((2,), judge.IGNORED))
+    assert nothing.item() == 0
+    assert judge._loss(logits, torch.tensor([judge.IGNORED, 1])).item() == pytest.approx(math.log(3))

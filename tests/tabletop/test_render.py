@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from easyinv_edit.tabletop.render import CHUNK, GROUND, render
-from easyinv_edit.tabletop.scene import SHAPES, SIZES, Scene, random_scene, replace
+from easyinv_edit.tabletop.render import CHUNK, GROUND, render, render_apart
+from easyinv_edit.tabletop.scene import BESIDE, SHAPES, SIZES, Scene, Solid, random_scene, random_table, replace
 
-BALL = Scene("ball", "plain", "red", yaw=0.0, offset=0.0, light=0.0)
+BALL = Scene(shape="ball", texture="plain", colour="red", yaw=0.0, offset=0.0, light=0.0)
 
 
 def area(scene: Scene) -> float:
@@ -36,6 +37,29 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     together = render(scenes, 16)[0]
     alone = torch.cat([render([scene], 16)[0] for scene in scenes])
     assert (together - alone).abs().max() < 1e-5
+
+
+def test_two_solids_are_drawn_as_each_alone_and_do_not_cover_each_other() -> None:
+    left, right = replace(BALL, size="small", offset=-BESIDE), Solid(shape="cube", colour="blue", size="small", offset=BESIDE)
+    pair, covered = render_apart([replace(left, beside=right)], 64)
+    alone = replace(left, **{field: getattr(right, field) for field in ("shape", "colour", "size", "offset", "yaw")})
+    for side, scene in enumerate((left, alone)):
+        picture, mask = render_apart([scene], 64)
+        assert torch.equal(covered[:, side], mask[:, 0])
+        assert mask[:, 1].max() == 0
+        inside = (mask[:, :1] == 1).expand_as(pair)
+        assert (pair[inside] - picture[inside]).abs().max() < 1e-6
+    assert torch.equal(render([replace(left, beside=right)], 64)[1], covered.sum(1, keepdim=True))
+    assert covered.sum(1).max() <= 1
+
+
+def test_no_two_solids_of_the_wider_world_overlap() -> None:
+    scenes = [scene for scene in map(random_table, range(40)) if scene.beside]
+    for scene, own in zip(scenes, render_apart(scenes, 64)[1], strict=True):
+        assert isinstance(scene.beside, Solid)
+        alone = replace(scene, **asdict(scene.beside), beside=None)
+        whole = render([alone], 64)[1][0, 0].sum()
+        assert (whole - own[1].sum()).abs() < 0.01 * whole
 
 
 def test_a_ball_covers_its_disc() -> None:

@@ -6,10 +6,23 @@ import random
 
 import pytest
 
+from easyinv_edit.tabletop import networks
 from easyinv_edit.tabletop.captions import EMPTY_SHARE, NAMED_SHARE, caption, training_caption, vocabulary
-from easyinv_edit.tabletop.scene import LOOKALIKES, TEXTURES, WORDS, Scene, random_scene, replace
+from easyinv_edit.tabletop.scene import (
+    BESIDE,
+    LOOKALIKES,
+    PAIR_SHARE,
+    PLACE_WEIGHTS,
+    PLACES,
+    WORDS,
+    Scene,
+    Solid,
+    random_scene,
+    random_table,
+    replace,
+)
 
-STRIPED = Scene("ball", "striped", "red", "white", "mint", "large", "tilted")
+STRIPED = Scene(shape="ball", texture="striped", colour="red", second="white", background="mint", size="large", pose="tilted")
 
 
 def test_a_seed_is_a_scene() -> None:
@@ -18,7 +31,7 @@ def test_a_seed_is_a_scene() -> None:
 
 def test_a_seed_keeps_its_scene_across_versions() -> None:
     assert random_scene(0) == Scene(
-        "cylinder", "plain", "purple", "black", "sky", "medium", "tilted",
+        shape="cylinder", texture="plain", colour="purple", second="black", background="sky", size="medium", pose="tilted",
         yaw=-0.17034075036601398, offset=0.04699927917848189, light=-0.2815572730847683,
     )  # fmt: skip
     scene = random_scene(20_000_001)
@@ -29,6 +42,23 @@ def test_a_seed_keeps_its_scene_across_versions() -> None:
 def test_an_unknown_word_is_refused_with_the_allowed_ones(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} is 'fog'; choose one of {', '.join(WORDS[field])}"):
         replace(STRIPED, **{field: "fog"})
+
+
+def test_a_seed_keeps_its_wider_scene_across_versions() -> None:
+    assert caption(random_table(0)) == "a tilted purple plain cylinder and a tilted yellow plain cone on a white background"
+    assert caption(random_table(2)) == "a small tilted red plain ball on the right on a white background"
+
+
+def test_what_stands_in_the_wider_world_fits_into_the_picture() -> None:
+    scenes = [random_table(seed) for seed in range(2000)]
+    pairs = [scene for scene in scenes if scene.beside]
+    assert abs(len(pairs) / 2000 - PAIR_SHARE) < 4 * (0.25 / 2000) ** 0.5
+    assert {(scene.size, scene.place) for scene in scenes if not scene.beside} == {
+        (size, place) for size, weights in PLACE_WEIGHTS.items() for place, w in zip(PLACES, weights, strict=True) if w
+    }
+    assert all(
+        {solid.size for solid in scene.solids} == {"small"} and scene.offset < 0 < scene.beside.offset for scene in pairs
+    )
 
 
 def test_two_in_five_backgrounds_are_white() -> None:
@@ -66,16 +96,39 @@ def test_a_plain_object_has_no_second_colour_to_name() -> None:
     assert caption(replace(STRIPED, texture="plain")) == "a large tilted red plain ball on a mint background"
 
 
+PAIR = replace(STRIPED, size="small", offset=-BESIDE, beside=Solid(shape="cube", colour="blue", size="small", offset=BESIDE))
+
+
+def test_two_solids_are_named_from_left_to_right_and_each_leaves_out_its_own() -> None:
+    assert caption(PAIR) == "a tilted red and white striped ball and a upright blue plain cube on a mint background"
+    unnamed = ("pose", "texture", "colour", "background")
+    assert caption(PAIR, unnamed) == "a ball and a cube"
+    assert caption(PAIR, unnamed, ()) == "a ball and a upright blue plain cube"
+
+
+@pytest.mark.parametrize(("place", "said"), [("left", " on the left"), ("middle", ""), ("right", " on the right")])
+def test_a_solid_alone_is_said_to_stand_at_a_side(place: str, said: str) -> None:
+    unnamed = ("pose", "texture", "colour", "background")
+    scene = replace(STRIPED, size="small", place=place)
+    assert caption(scene, unnamed) == f"a small ball{said}"
+    assert caption(scene, (*unnamed, "place")) == "a small ball"
+
+
 def test_an_unknown_attribute_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown attribute \['smell'\]; choose from shape, texture"):
+    with pytest.raises(ValueError, match=r"unknown attribute \['smell'\]; choose from size, pose"):
         caption(STRIPED, ["smell"])
 
 
 def test_captions_stay_inside_the_vocabulary() -> None:
     rng = random.Random(0)
-    said = {word for seed in range(500) for word in training_caption(random_scene(seed), rng).split()}
-    assert said <= set(vocabulary())
-    assert set(TEXTURES) <= said
+    said = {word for seed in range(1000) for word in training_caption(random_table(seed), rng).split()}
+    assert said == set(vocabulary())
+
+
+def test_no_caption_is_cut_off() -> None:
+    tokenizer = networks.build_tokenizer()
+    longest = max(len(tokenizer(caption(random_table(seed))).input_ids) for seed in range(500))
+    assert 21 <= longest <= networks.TOKENS
 
 
 def test_a_tenth_of_training_captions_is_empty() -> None:
