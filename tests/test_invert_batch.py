@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "renoise": {"weights": [0, 1], "low_noise_weights": [1, 1]},
 }
 """Settings that make a method fast."""
-ROUNDING = {"obelm": 1e-3, "bdia": 3e-5}
+ROUNDING = {"obelm": 1e-3}
 """How far rounding may carry a latent, as a share of the largest; O-BELM's first steps multiply it by hundreds."""
 QUIET = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 

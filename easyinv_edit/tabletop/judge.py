@@ -43,13 +43,8 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({field: nn.Linear(128, len(READ[field])) for field in fields})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.features(pictures)
+        features = self.body(nn.functional.adaptive_avg_pool2d(pictures, 64) * 2 - 1)
         return {field: head(features) for field, head in self.heads.items()}
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """What the heads read: (B, 128)."""
-        features: Tensor = self.body(nn.functional.adaptive_avg_pool2d(pictures, 64) * 2 - 1)
-        return features
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> list[dict[str, str]]:
