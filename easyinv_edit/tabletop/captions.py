@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable
 
-from easyinv_edit.tabletop.scene import WORDS, Scene, Solid
+from easyinv_edit.tabletop.scene import PLACES, WORDS, Scene, Solid
 
 NAMED_SHARE: dict[str, float] = {
     "size": 0.65,
@@ -25,7 +25,7 @@ NAMED_SHARE: dict[str, float] = {
 """How often a training caption names each attribute."""
 EMPTY_SHARE = 0.10
 """How often a training caption is empty: the unconditional half of classifier-free guidance."""
-FILLERS = ("a", "and", "object", "on", "background")
+FILLERS = ("a", "and", "object", "on", "the", "background")
 
 
 def caption(scene: Scene, unnamed: Collection[str] = (), beside_unnamed: Collection[str] | None = None) -> str:
@@ -69,9 +69,6 @@ def _dropped(rng: random.Random) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions of single solids in the middle can hold, each once, in a fixed order.
-
-    It is what the embedded model is trained on; words for places fall back to bytes.
-    """
-    words: Iterable[str] = (*FILLERS, *(w for table in WORDS.values() for w in table))
+    """Every word that captions can hold, each once, in a fixed order."""
+    words: Iterable[str] = (*FILLERS, *(w for table in WORDS.values() for w in table), *PLACES)
     return list(dict.fromkeys(words))

@@ -1,6 +1,6 @@
 """The networks of the embedded model, in exactly SD 1.x's structure, and their export as an ordinary diffusers folder.
 
-AutoencoderKL (factor 4 instead of 8), CLIPTextModel with a vocabulary of its own, and a
+AutoencoderKL (factor 8), CLIPTextModel with a vocabulary of its own, and a
 UNet2DConditionModel with SD's block types: 16 self-attention sites in the places where SD 1.x has them.
 """
 
@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from easyinv_edit.tabletop.captions import vocabulary
 
-PICTURE_SIZE = 64
+PICTURE_SIZE = 128
 """Side of the pictures the model is trained on, pixels."""
 LATENT_SIZE = 16
 TOKENS = 24
@@ -76,11 +76,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """AutoencoderKL for 64-pixel pictures: 16 x 16 x 4 latents, 1.7 M parameters; whitened later, so scaling_factor is 1."""
+    """AutoencoderKL for 128-pixel pictures: 16 x 16 x 4 latents, 3.9 M parameters; whitened later, so scaling_factor is 1."""
     model = AutoencoderKL(
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

@@ -23,12 +23,14 @@ from easyinv_edit.tabletop import autoencoder, denoising, judge, networks
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.fitting import Fit
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import Scene, random_scene
+from easyinv_edit.tabletop.scene import Scene, random_table
 
 HELD_OUT = 10_000_000
 """Seeds from here on are never trained on."""
 TESTED = 512
 """How many held-out pictures the gate and the judge's figures are measured on."""
+SHARD = 1000
+"""Scenes a file of rendered pictures holds: what an interrupted run loses at most."""
 Report = Callable[[str], None]
 
 
@@ -65,7 +67,7 @@ def train(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Re
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = _pictures(recipe, folder, device, report)
-    scenes = [random_scene(seed) for seed in range(recipe.scenes)]
+    scenes = [random_table(seed) for seed in range(recipe.scenes)]
     record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}
     critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
     vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
@@ -95,7 +97,7 @@ def export(pipe: Any, critic: judge.Judge, record: dict[str, Any], target: Path)
 
 def held_out(count: int) -> list[Scene]:
     """Scenes no network has seen."""
-    return [random_scene(HELD_OUT + i) for i in range(count)]
+    return [random_table(HELD_OUT + i) for i in range(count)]
 
 
 def sample_grid(pipe: Any, count: int = 16, guidance_scale: float = 5.0) -> Any:
@@ -111,18 +113,22 @@ def sample_grid(pipe: Any, count: int = 16, guidance_scale: float = 5.0) -> Any:
 
 
 def _pictures(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report) -> tuple[Tensor, Tensor]:
-    """uint8 pictures (N, 3, 64, 64) and masks (N, 1, 64, 64), rendered once."""
-    path = folder / "pictures.safetensors"
-    if not path.exists():
-        report(f"rendering {recipe.scenes} scenes")
-        parts = [_render_bytes(range(i, min(i + 500, recipe.scenes)), device) for i in range(0, recipe.scenes, 500)]
-        save_file({"pictures": torch.cat([p for p, _ in parts]), "masks": torch.cat([m for _, m in parts])}, path)
-    content = load_file(path)
-    return content["pictures"], content["masks"]
+    """uint8 pictures (N, 3, size, size) and masks (N, 1, size, size), rendered once, in files of `SHARD` scenes."""
+    parts = []
+    for first in range(0, recipe.scenes, SHARD):
+        path = folder / f"pictures-{first:06d}.safetensors"
+        if not path.exists():
+            seeds = range(first, min(first + SHARD, recipe.scenes))
+            report(f"rendering scenes {seeds.start} to {seeds.stop - 1} of {recipe.scenes}")
+            pictures, masks = _render_bytes(seeds, device)
+            save_file({"pictures": pictures, "masks": masks}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        parts.append(load_file(path))
+    return torch.cat([part["pictures"] for part in parts]), torch.cat([part["masks"] for part in parts])
 
 
 def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
-    pictures, masks = render([random_scene(seed) for seed in seeds], networks.PICTURE_SIZE, device=str(device))
+    pictures, masks = render([random_table(seed) for seed in seeds], networks.PICTURE_SIZE, device=str(device))
     return (pictures * 255).round().byte(), (masks * 255).round().byte()
 
 
