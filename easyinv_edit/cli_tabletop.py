@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -82,12 +83,16 @@ def evaluate_model(
     output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
     steps: Annotated[int, typer.Option(min=2, help="Steps of every sampling, T.")] = 25,
+    sets: Annotated[int, typer.Option(min=1, help="How often, each time on other scenes with other noise.")] = 1,
+    judge: Annotated[
+        str | None, typer.Option(help="A model folder whose judge reads the pictures; default: the model's.")
+    ] = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: samples judged, reconstructions, and edits whose true result is rendered."""
+    """Measure a model: autoencoder, samples judged, reconstructions, and edits whose true result is rendered."""
     terminal.settle(True)
-    from easyinv_edit.evaluation import tabletop
+    from easyinv_edit.evaluation import tabletop, tabletop_tables
 
-    report = tabletop.evaluate(model, Path(output), scenes, steps, report=lambda text: typer.echo(text, err=True))
-    terminal.show(report, False, json_, tabletop.text)
+    report = tabletop.evaluate(model, Path(output), scenes, steps, partial(typer.echo, err=True), sets, judge)
+    terminal.show(report, False, json_, tabletop_tables.text)

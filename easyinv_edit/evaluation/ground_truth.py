@@ -21,7 +21,7 @@ from easyinv_edit.images import to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.judge import READ, Judge, shown
-from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.render import render, silhouettes
 from easyinv_edit.tabletop.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -137,9 +137,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method on one task. psnr, object_psnr: mean dB against the rendered truth, whole picture and inside the true object;
-    gain, spread: mean and deviation over scenes of object_psnr less that of `BASELINE` on the same scene; target: share of
-    pictures in which the judge sees the requested word, NaN where the task has none; kept: the same for the unnamed words."""
+    """One method on one task.
+
+    psnr, object_psnr: mean dB against the rendered truth, whole picture and inside the true object; gain, spread: mean and
+    deviation over scenes of object_psnr less that of `BASELINE` on the same scene; better: share of scenes on which it is above
+    that; target: share of pictures in which the judge sees the requested word, NaN where the task has none; kept: the same for
+    each word that both prompts leave unnamed, where the truth shows it; silhouette: mean intersection over union of what stands
+    out from the ground with what should.
+    """
 
     task: str
     method: str
@@ -147,8 +152,10 @@ class Outcome:
     object_psnr: float
     gain: float
     spread: float
+    better: float
     target: float
-    kept: float
+    kept: dict[str, float]
+    silhouette: float
 
 
 def make_case(task: Task, scene: Scene) -> Case | None:
@@ -231,7 +238,7 @@ def run_task(
         ]
         made[method] = torch.cat(edits)
     inside = {name: [psnr(a, b, m) for a, b, m in zip(made[name], truths, masks, strict=True)] for name in made}
-    outcomes = [_score(name, pictures, cases, truths, inside, judge) for name, pictures in made.items()]
+    outcomes = [_score(name, pictures, cases, truths, masks, inside, judge) for name, pictures in made.items()]
     rows = [sources, truths, *(made[method] for method in METHODS)]
     columns = min(len(cases), 12)
     grid = torch.cat([torch.cat(list(row[:columns]), -1) for row in rows], -2)
@@ -251,16 +258,25 @@ def _round_trip(pipe: EditPipeline, pictures: Tensor) -> Tensor:
 
 
 def _score(
-    name: str, pictures: Tensor, cases: Sequence[Case], truths: Tensor, inside: dict[str, list[float]], judge: Judge
+    name: str,
+    pictures: Tensor,
+    cases: Sequence[Case],
+    truths: Tensor,
+    masks: Tensor,
+    inside: dict[str, list[float]],
+    judge: Judge,
 ) -> Outcome:
     """inside: per method, the dB inside each case's true object."""
     whole = [psnr(a, b) for a, b in zip(pictures, truths, strict=True)]
     gains = [own - base for own, base in zip(inside[name], inside[BASELINE], strict=True)]
-    target, kept = [], []
+    target: list[float] = []
+    kept: dict[str, list[bool]] = {}
     for words, case in zip(judge.read(pictures), cases, strict=True):
         wanted = shown(case.truth)
         target.append(float(words[case.task.field] == wanted[case.task.field]) if case.task.sayable else math.nan)
-        kept += [words[field] == wanted[field] for field in case.task.kept if field in wanted]
+        for field in case.task.kept:
+            if field in wanted:
+                kept.setdefault(field, []).append(words[field] == wanted[field])
     return Outcome(
         task=cases[0].task.name,
         method=name,
@@ -268,6 +284,13 @@ def _score(
         object_psnr=statistics.fmean(inside[name]),
         gain=statistics.fmean(gains),
         spread=statistics.stdev(gains) if len(gains) > 1 else 0.0,
+        better=statistics.fmean(gain > 0 for gain in gains),
         target=statistics.fmean(target),
-        kept=statistics.fmean(kept),
+        kept={field: statistics.fmean(right) for field, right in kept.items()},
+        silhouette=_overlap(silhouettes(pictures, [case.truth for case in cases]), masks[:, 0] > 0.5),
     )
+
+
+def _overlap(a: Tensor, b: Tensor) -> float:
+    """Mean intersection over union of masks (B, H, W)."""
+    return ((a & b).sum((1, 2)) / (a | b).sum((1, 2))).mean().item()

@@ -1,117 +1,147 @@
-"""Measure a tabletop model: what it draws, how it inverts, and how its edits compare with the rendered truth."""
+"""Measure a tabletop model: its autoencoder, what it draws, how it inverts, and how its edits compare with rendered truths."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import TASKS, make_cases, run_task
+from easyinv_edit.evaluation.kernel_distance import kernel_distance
+from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.evaluation.reconstruction import reconstruct
-from easyinv_edit.images import save_png, to_pil
+from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
 from easyinv_edit.result import versions, write_text
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import random_scene
+from easyinv_edit.tabletop.scene import Scene, random_scene, random_table
 
 HELD_OUT = 20_000_000
 """Seeds of this evaluation: neither trained on nor used in the training's own gates."""
 SAMPLED_BACK = ("ddim", "easyinv", "fixed_point")
 """Inversions that tell how well a model can be inverted; `bench inversion` measures them all."""
+WORLDS: dict[str, Callable[[int], Scene]] = {"single solids": random_scene, "wider world": random_table}
+"""What samples are asked for: a solid in the middle, or also at either side and in pairs."""
+GUIDANCE = (3.0, 5.0)
+SAMPLES = 8
+"""Samples of each world and guidance for every scene of the other measurements: reading words takes many."""
+BATCH = 50
 Report = Callable[[str], None]
 
 
-def evaluate(model: str, folder: Path, count: int, steps: int, report: Report) -> dict[str, Any]:
-    """Measure `model` on `count` held-out scenes per measurement at T = `steps`; writes pictures, report.json and returns it.
+def evaluate(
+    model: str, folder: Path, count: int, steps: int, report: Report, sets: int = 1, judge_of: str | None = None
+) -> dict[str, Any]:
+    """Measure `model` on held-out scenes at T = `steps`; writes pictures and report.json and returns what it holds.
 
-    Raises ModelError where the model folder holds no judge: then it is no tabletop model.
+    count: scenes per measurement and set; sets: how often everything is measured again on other scenes with other noise;
+    judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
+    Raises ModelError where the folder holds no judge: then it is no tabletop model.
     """
     home = embedded_folder() if model == "embedded" else Path(model)
-    if not (home / "judge.safetensors").exists():
-        raise ModelError(f"{model}: has no judge.safetensors, so it is no tabletop model; train one with `tabletop train`")
-    pipe, judge = EditPipeline.from_pretrained(model), judging.load(home / "judge.safetensors")
+    critic = (home if judge_of is None else Path(judge_of)) / "judge.safetensors"
+    if not critic.exists():
+        raise ModelError(f"{critic.parent}: has no judge.safetensors, so it is no tabletop model; train one: `tabletop train`")
+    pipe, judge = EditPipeline.from_pretrained(model), judging.load(critic)
     pipe.set_progress_bar_config(disable=True)
-    content: dict[str, Any] = {"model": model, "scenes": count, "steps": steps, "versions": versions()}
-    report("samples")
-    content["samples"] = _samples(pipe, judge, 4 * count, folder)
-    report("reconstructions")
-    content["reconstructions"] = _reconstructions(pipe, count, steps)
-    content["edits"] = []
-    for task in TASKS:
-        report(f"edits: {task.name}")
-        cases = make_cases(task, [random_scene(HELD_OUT + i) for i in range(20 * count)], count)
-        outcomes, grid = run_task(pipe, judge, cases, num_inference_steps=steps)
-        save_png(grid, folder / f"edit-{task.name}.png")
-        content["edits"] += [asdict(outcome) for outcome in outcomes]
+    content: dict[str, Any] = {"model": model, "scenes": count, "steps": steps, "versions": versions(), "size": _size(pipe)}
+    content["sets"] = [_measure(pipe, judge, number, count, steps, folder, report) for number in range(sets)]
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     return content
 
 
-def _samples(pipe: EditPipeline, judge: judging.Judge, count: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Judge accuracy on rendered pictures and on the stock pipeline's samples (full captions, guidance 3 and 5, T = 25)."""
-    scenes = [random_scene(HELD_OUT + 1_000_000 + i) for i in range(count)]
+def _measure(
+    pipe: EditPipeline, judge: judging.Judge, number: int, count: int, steps: int, folder: Path, report: Report
+) -> dict[str, Any]:
+    """Everything once, on the scenes and the noise of one set."""
+    first = HELD_OUT + 100_000 * number
+    report(f"set {number + 1}: autoencoder")
+    content: dict[str, Any] = {"autoencoder": _autoencoder(pipe, judge, first, SAMPLES * count)}
+    report(f"set {number + 1}: samples")
+    content["samples"] = _samples(pipe, judge, number, SAMPLES * count, folder)
+    report(f"set {number + 1}: reconstructions")
+    content["reconstructions"] = _reconstructions(pipe, first, count, steps)
+    content["edits"] = []
+    for task in TASKS:
+        report(f"set {number + 1}: edits: {task.name}")
+        cases = make_cases(task, [random_scene(first + i) for i in range(20 * count)], count)
+        began = time.monotonic()
+        outcomes, grid = run_task(pipe, judge, cases, num_inference_steps=steps)
+        save_png(grid, folder / f"set-{number + 1}" / f"edit-{task.name}.png")
+        content["edits"] += [asdict(outcome) for outcome in outcomes]
+        report(f"{time.monotonic() - began:.0f} s")
+    return content
+
+
+def _size(pipe: EditPipeline) -> dict[str, Any]:
+    """Parameters, and megabytes of them in float16."""
+    parts = (pipe.backbone.pipe.vae, pipe.backbone.pipe.unet, pipe.backbone.pipe.text_encoder)
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
+    return {"parameters": parameters, "float16_megabytes": 2 * parameters / 1e6, "pixels": pipe.backbone.native_size[0]}
+
+
+@torch.no_grad()
+def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: int) -> dict[str, Any]:
+    """The round trip of single solids: dB whole and inside the objects, means over pictures, and what the judge reads in it."""
+    scenes = [random_scene(first + 30_000 + i) for i in range(count)]
+    pictures, masks = render(scenes, pipe.backbone.native_size[0])
+    backbone = pipe.backbone
+    parts = [to_unit(backbone.decode(backbone.encode(part * 2 - 1))).float() for part in torch.split(pictures, BATCH)]
+    back = torch.cat(parts).cpu()
+    whole = [psnr(a, b) for a, b in zip(back, pictures, strict=True)]
+    inside = [psnr(a, b, mask) for a, b, mask in zip(back, pictures, masks, strict=True)]
+    words = {"rendered": judging.accuracy(judge, pictures, scenes), "round trip": judging.accuracy(judge, back, scenes)}
+    return {"psnr": sum(whole) / count, "object_psnr": sum(inside) / count, **words}
+
+
+def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> dict[str, dict[str, float]]:
+    """What the judge reads rightly in renders and in the stock pipeline's samples of full captions (T = 25), and the kernel
+    distance of each from renders of other scenes, in the judge's features."""
+    result = {}
     size = pipe.backbone.native_size[0]
-    result = {"rendered": judging.accuracy(judge, render(scenes, size)[0], scenes)}
-    stock = pipe.backbone.pipe
-    stock.set_progress_bar_config(disable=True)
-    for scale in (3.0, 5.0):
-        generator = torch.Generator().manual_seed(0)
-        options = {"num_inference_steps": 25, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
-        pictures = stock([caption(scene) for scene in scenes], **options).images.float().cpu()
-        result[f"guidance {scale:g}"] = judging.accuracy(judge, pictures, scenes)
-        columns = min(count, 8)
-        rows = [torch.cat(list(row), -1) for row in pictures[: count // columns * columns][:32].split(columns)]
-        save_png(to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0], folder / f"samples-g{scale:g}.png")
+    for world, make in WORLDS.items():
+        first = HELD_OUT + 1_000_000 + 100_000 * number
+        scenes = [make(first + i) for i in range(count)]
+        others = render([make(first + 50_000 + i) for i in range(count)], size)[0]
+        made = {"rendered": render(scenes, size)[0]}
+        made |= {f"guidance {scale:g}": _draw(pipe, scenes, scale, number) for scale in GUIDANCE}
+        for name, pictures in made.items():
+            row = judging.accuracy(judge, pictures, scenes)
+            row["kernel distance"] = kernel_distance(_features(judge, pictures), _features(judge, others))
+            result[f"{world}, {name}"] = row
+            columns = min(count, 8)
+            rows = [torch.cat(list(line), -1) for line in torch.split(pictures[: count // columns * columns][:32], columns)]
+            grid = to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0]
+            save_png(grid, folder / f"set-{number + 1}" / f"{world} {name}.png".replace(" ", "-"))
     return result
 
 
-def _reconstructions(pipe: EditPipeline, count: int, steps: int) -> list[dict[str, Any]]:
-    scenes = [random_scene(HELD_OUT + 2_000_000 + i) for i in range(count)]
+def _draw(pipe: EditPipeline, scenes: list[Scene], scale: float, seed: int) -> Tensor:
+    stock = pipe.backbone.pipe
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": 25, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
+    prompts = [caption(scene) for scene in scenes]
+    parts = [stock(prompts[i : i + BATCH], **options).images.float().cpu() for i in range(0, len(prompts), BATCH)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _features(judge: judging.Judge, pictures: Tensor) -> Tensor:
+    return torch.cat([judge.features(part) for part in torch.split(pictures, BATCH)])
+
+
+def _reconstructions(pipe: EditPipeline, first: int, count: int, steps: int) -> list[dict[str, Any]]:
+    scenes = [random_scene(first + 2_000_000 + i) for i in range(count)]
     pictures = [to_pil(p[None] * 2 - 1)[0] for p in render(scenes, pipe.backbone.native_size[0])[0]]
     prompts = [caption(scene) for scene in scenes]
     return [asdict(reconstruct(pipe, pictures, prompts, method, steps)) for method in SAMPLED_BACK]
-
-
-def text(report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
-    fields = list(report["samples"]["rendered"])
-    samples = [[name, *(f"{row[field]:.2f}" for field in fields)] for name, row in report["samples"].items()]
-    inversions = [
-        [
-            row["method"],
-            f"{row['psnr_latent_ceiling']:.1f}",
-            f"{row['psnr']:.1f}",
-            f"{row['noise_deviation']:.2f}",
-            f"{row['evaluations']:.0f}",
-            f"{row['seconds']:.2f}",
-        ]
-        for row in report["reconstructions"]
-    ]
-    edits = [
-        [
-            row["task"],
-            row["method"],
-            f"{row['psnr']:.2f}",
-            f"{row['object_psnr']:.2f}",
-            f"{row['gain']:+.2f} ± {row['spread']:.2f}",
-            f"{row['target']:.2f}",
-            f"{row['kept']:.2f}",
-        ]
-        for row in report["edits"]
-    ]
-    heads = ["inversion", "dB to the autoencoder", "dB to the picture", "std of z_T", "evaluations", "seconds"]
-    edit_heads = ["edit", "method", "dB to the truth", "inside the object", "gain ± spread", "target", "kept"]
-    tables = [_table(["pictures", *fields], samples), _table(heads, inversions), _table(edit_heads, edits)]
-    return "\n\n".join(tables)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

@@ -87,9 +87,7 @@ def object_crops(pictures: Tensor, masks: Tensor, generator: torch.Generator) ->
     return torch.stack(cut[0]), torch.stack(cut[1])
 
 
-def equivariant(
-    latents: Tensor, picture: Tensor, mask: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def equivariant(latents: Tensor, picture: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The latents, the picture and the mask, now and then all mirrored or all halved: see `FLIPPED_SHARE`."""
     draw = torch.rand((), generator=generator).item()
     if draw < FLIPPED_SHARE:

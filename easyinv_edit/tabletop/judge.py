@@ -42,8 +42,12 @@ class Judge(nn.Module):
         self.body = nn.Sequential(*stages, nn.Flatten(), nn.Linear(192 * 4 * 4, 128), nn.ReLU())
         self.heads = nn.ModuleDict({field: nn.Linear(128, len(READ[field])) for field in fields})
 
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the heads read: (B, 128), not negative."""
+        return self.body(nn.functional.adaptive_avg_pool2d(pictures, 64) * 2 - 1)
+
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.body(nn.functional.adaptive_avg_pool2d(pictures, 64) * 2 - 1)
+        features = self.features(pictures)
         return {field: head(features) for field, head in self.heads.items()}
 
     @torch.no_grad()

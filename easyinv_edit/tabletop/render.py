@@ -65,17 +65,24 @@ def render_apart(scenes: Sequence[Scene], size: int, supersample: int = 2, devic
     return torch.cat(pictures), torch.cat(masks)
 
 
+def silhouettes(pictures: Tensor, scenes: Sequence[Scene], threshold: float = 0.08) -> Tensor:
+    """Where pictures (B, 3, size, size) in [0, 1] show something else than the bare grounds of `scenes`: bool (B, size, size).
+
+    The ground has the scene's background and its solids' shadows, which size and place decide, not shape; threshold: least
+    difference of a channel that counts. It can be compared with the coverage `render` gives of what should stand there.
+    """
+    size = pictures.shape[-1]
+    ground = _ground(scenes, _rays(size, "cpu")).reshape(len(scenes), size, size, 3).permute(0, 3, 1, 2)
+    return (pictures - ground).abs().amax(1) > threshold
+
+
 def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:
     side = size * supersample
-    axis = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
-    y, x = torch.meshgrid(-axis, axis, indexing="ij")
-    flat = torch.stack([x, y, torch.full_like(x, 2.0)], -1).reshape(1, -1, 3)
-    picture = torch.tensor([BACKGROUNDS[s.background] for s in scenes], device=device)[:, None].repeat(1, side * side, 1)
+    flat = _rays(side, device)
+    picture = _ground(scenes, flat)
     hits = torch.zeros(2, len(scenes), side * side, dtype=torch.bool, device=device)
-    traced = [_trace(scenes, place, flat) for place in range(2)]
-    for rows, solids, _, _ in traced:
-        picture[rows] *= 1 - _shadow(solids, flat)[..., None]
-    for place, (rows, _, colour, hit) in enumerate(traced):
+    for place in range(2):
+        rows, colour, hit = _trace(scenes, place, flat)
         hits[place, rows] = hit & ~hits.any(0)[rows]
         picture[rows] = torch.where(hits[place, rows][..., None], colour, picture[rows])
     pool = torch.nn.functional.avg_pool2d
@@ -84,15 +91,38 @@ def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: 
     return pool(picture, supersample).clamp(0, 1).cpu(), pool(covered, supersample).cpu()
 
 
-def _trace(scenes: Sequence[Scene], place: int, flat: Tensor) -> tuple[list[int], list[Solid], Tensor, Tensor]:
-    """The first or the second solids: rows of the scenes that have one, solids, colours (n, rays, 3) and hits (n, rays).
+def _rays(side: int, device: str) -> Tensor:
+    """Where the parallel rays of a picture start in camera coordinates: (1, side * side, 3)."""
+    axis = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(-axis, axis, indexing="ij")
+    return torch.stack([x, y, torch.full_like(x, 2.0)], -1).reshape(1, -1, 3)
+
+
+def _ground(scenes: Sequence[Scene], flat: Tensor) -> Tensor:
+    """The grounds with the solids' shadows on them: (scenes, rays, 3)."""
+    picture = torch.tensor([BACKGROUNDS[s.background] for s in scenes], device=flat.device)[:, None]
+    picture = picture.repeat(1, flat.shape[1], 1)
+    for place in range(2):
+        rows, solids = _standing(scenes, place)
+        if rows:
+            picture[rows] *= 1 - _shadow(solids, flat)[..., None]
+    return picture
+
+
+def _standing(scenes: Sequence[Scene], place: int) -> tuple[list[int], list[Solid]]:
+    """The first or the second solids, and the rows of the scenes that have one."""
+    rows = [i for i, scene in enumerate(scenes) if place < len(scene.solids)]
+    return rows, [scenes[i].solids[place] for i in rows]
+
+
+def _trace(scenes: Sequence[Scene], place: int, flat: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """The first or the second solids: rows of the scenes that have one, colours (n, rays, 3) and hits (n, rays).
 
     flat: (1, rays, 3), where the parallel rays start in camera coordinates.
     """
-    rows = [i for i, scene in enumerate(scenes) if place < len(scene.solids)]
-    solids = [scenes[i].solids[place] for i in rows]
+    rows, solids = _standing(scenes, place)
     if not rows:
-        return rows, solids, flat.new_zeros(0, flat.shape[1], 3), flat.new_zeros(0, flat.shape[1], dtype=torch.bool)
+        return rows, flat.new_zeros(0, flat.shape[1], 3), flat.new_zeros(0, flat.shape[1], dtype=torch.bool)
     rotation = torch.stack([s.rotation for s in solids]).to(flat.device)  # (n, 3, 3)
     scale = torch.tensor([SIZES[s.size] for s in solids], device=flat.device)
     reach = torch.tensor([support(s.shape, -s.rotation[1]) for s in solids], device=flat.device) * scale
@@ -102,7 +132,7 @@ def _trace(scenes: Sequence[Scene], place: int, flat: Tensor) -> tuple[list[int]
     start = ((flat - centre) / scale[:, None, None]) @ rotation
     points, hit = _march(solids, start, -rotation[:, 2][:, None])
     light = torch.tensor([[scenes[i].light, 0.85, 0.75] for i in rows], device=flat.device)
-    return rows, solids, _shade(solids, points, _normals(solids, points), rotation, light), hit
+    return rows, _shade(solids, points, _normals(solids, points), rotation, light), hit
 
 
 def _distance(solids: Sequence[Solid], p: Tensor) -> Tensor:

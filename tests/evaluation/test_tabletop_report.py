@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from easyinv_edit.errors import ModelError
-from easyinv_edit.evaluation.ground_truth import METHODS, TASKS
-from easyinv_edit.evaluation.tabletop import SAMPLED_BACK, evaluate, text
+from easyinv_edit.evaluation.ground_truth import BASELINE, METHODS, TASKS
+from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, evaluate
+from easyinv_edit.evaluation.tabletop_tables import text
 from easyinv_edit.tabletop import judge
 
 
@@ -28,11 +29,25 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     model = shutil.copytree(untrained_folder, tmp_path / "model")
     torch.manual_seed(0)
     judge.save(judge.Judge(), model / "judge.safetensors")
-    report = evaluate(str(model), tmp_path / "report", 1, 8, quiet)
+    report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
-    assert [row["method"] for row in report["reconstructions"]] == list(SAMPLED_BACK)
-    assert len(report["edits"]) == len(TASKS) * (2 + len(METHODS))
-    drawn = {path.stem for path in (tmp_path / "report").glob("*.png")}
-    assert drawn == {"samples-g3", "samples-g5", *(f"edit-{task.name}" for task in TASKS)}
+    assert len(report["sets"]) == 2
+    for given in report["sets"]:
+        assert [row["method"] for row in given["reconstructions"]] == list(SAMPLED_BACK)
+        assert len(given["edits"]) == len(TASKS) * (2 + len(METHODS))
+        assert len(given["samples"]) == len(WORLDS) * (1 + len(GUIDANCE))
+    assert report["sets"][0]["autoencoder"] != report["sets"][1]["autoencoder"]
+    assert len(list((tmp_path / "report" / "set-2").glob("*.png"))) == len(TASKS) + len(WORLDS) * (1 + len(GUIDANCE))
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
-    assert len(rows) == 3 + len(report["samples"]) + len(SAMPLED_BACK) + len(report["edits"])
+    assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(given["edits"])
+    assert all("±" in row for row in rows if "fixed_point" in row)
+
+
+def test_bounds_are_perfect_where_they_must_be(untrained_folder: Path, tmp_path: Path) -> None:
+    """Renders are as far from other renders as chance has it, and a set's rows agree with each other."""
+    model = shutil.copytree(untrained_folder, tmp_path / "model")
+    judge.save(judge.Judge(), model / "judge.safetensors")
+    given = evaluate(str(model), tmp_path / "report", 1, 8, quiet)["sets"][0]
+    same = [row for row in given["edits"] if row["method"] == BASELINE]
+    assert all(row["gain"] == row["better"] == 0 for row in same)
+    assert given["autoencoder"]["rendered"].keys() == given["autoencoder"]["round trip"].keys()
