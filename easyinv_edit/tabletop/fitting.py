@@ -101,7 +101,7 @@ def fit(
 
 
 def _start(model: nn.Module, settings: Fit, path: Path) -> _Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=settings.betas, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=settings.betas, weight_decay=1e-2, fused=True)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
     run = _Run(model, optimizer, average, path)
     if path.exists():
