@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from easyinv_edit import cli_speed, terminal
+from easyinv_edit import cli_regimes, cli_speed, terminal
 from easyinv_edit.terminal import Debug, Json, Quiet
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def cost(
     terminal.show(facts, quiet, json_, lambda found: f"{markdown(found['table'], COST_COLUMNS)}\n\n{note}")
 
 
+app.command("regimes")(cli_regimes.regimes)
 app.command("speed")(cli_speed.speed)
 SHAPES = ("ball", "cube", "cone", "cylinder")
 
