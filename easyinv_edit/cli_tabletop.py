@@ -64,17 +64,22 @@ def render_edits(
 def train_model(
     recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
+    start: Annotated[str | None, typer.Option(help="A finished tabletop model, or 'embedded': its UNet is trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Train the embedded model from scratch, or resume."""
+    """Train the embedded model from scratch, or resume; with --start, train the UNet of a finished one on."""
     terminal.settle(True)
+    from easyinv_edit.errors import ModelError
+    from easyinv_edit.pipeline import embedded_folder
     from easyinv_edit.running import resolve_device
     from easyinv_edit.tabletop.training import read_training_recipe, train
 
-    train(
-        read_training_recipe(terminal.config_file("tabletop", recipe)), Path(output), resolve_device(device), report=typer.echo
-    )
+    settings = read_training_recipe(terminal.config_file("tabletop", recipe))
+    begin = embedded_folder() if start == "embedded" else None if start is None else Path(start)
+    if begin is not None and not (begin / "judge.safetensors").exists():
+        raise ModelError(f"--start {begin}: has no judge.safetensors, so it is no tabletop model; give a folder that this made")
+    train(settings, Path(output), resolve_device(device), report=typer.echo, start=begin)
 
 
 @app.command("evaluate")

@@ -10,6 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
@@ -143,6 +144,13 @@ def build_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def load_parts(folder: Path, device: torch.device) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel]:
+    """Autoencoder, text encoder, tokenizer and UNet of an exported model in float32, ready to be trained on."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).to(device)
+    use_plain_attention(pipe.vae, pipe.unet)
+    return pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet
 
 
 def export(pipe: StableDiffusionPipeline, folder: Path) -> None:

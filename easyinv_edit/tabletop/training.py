@@ -60,22 +60,31 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
         ) from error
 
 
-def train(recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report = print) -> Path:
+def train(
+    recipe: TrainingRecipe, folder: Path, device: torch.device, report: Report = print, start: Path | None = None
+) -> Path:
     """Run every stage not yet done in `folder` and return the folder of the finished diffusers model.
 
-    A stage that was interrupted resumes from its last checkpoint. Raises EasyInvError where the autoencoder fails its gate.
+    A stage that was interrupted resumes from its last checkpoint. start: a finished model's folder, whose autoencoder and judge
+    are taken as they are and whose UNet and text encoder are trained on, by `recipe.unet` anew; its record stands under
+    "start" in the new one. Raises EasyInvError where the autoencoder fails its gate.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = _pictures(recipe, folder, device, report)
     scenes = [random_table(seed) for seed in range(recipe.scenes)]
     record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}
-    critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
-    vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
-    report(f"autoencoder: {record['autoencoder']}")
+    if start is None:
+        critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
+        vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
+        report(f"autoencoder: {record['autoencoder']}")
+        torch.manual_seed(recipe.unet.seed)
+        tokenizer = networks.build_tokenizer()
+        text, unet = networks.build_text_encoder(tokenizer).to(device), networks.build_unet().to(device)
+    else:
+        record["start"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
+        critic = judge.load(start / "judge.safetensors").to(device)
+        vae, text, tokenizer, unet = networks.load_parts(start, device)
     latents = autoencoder.encode(vae, pictures)
-    torch.manual_seed(recipe.unet.seed)
-    tokenizer = networks.build_tokenizer()
-    text, unet = networks.build_text_encoder(tokenizer).to(device), networks.build_unet().to(device)
 
     def grid(step: int) -> None:
         pipe = networks.build_pipeline(vae, text, tokenizer, unet)
