@@ -13,20 +13,24 @@ from PIL import Image
 
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.figures import stack, strip
-from easyinv_edit.images import save_png, to_unit
+from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.result import EditResult, versions, write_text
 from easyinv_edit.running import SCENE, source_image
+from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.scene import random_scene, replace
 
 
 @dataclass(frozen=True)
 class Example:
-    """One source and the edit asked of it. The prompts of the scenes name neither texture nor colours."""
+    """One source and the edit asked of it. The prompts of the scenes name neither texture nor colours; shape: what the edit
+    makes of a scene's solid, so that the true result can be rendered."""
 
     name: str
     image: str
     source_prompt: str
     prompt: str
+    shape: str = ""
 
 
 EXAMPLES = (
@@ -35,12 +39,14 @@ EXAMPLES = (
         "scene:20000069",
         "a large upright cube on a white background",
         "a large upright ball on a white background",
+        "ball",
     ),
     Example(
         "cube-to-cylinder",
         "scene:20000103",
         "a large upright cube on a white background",
         "a large upright cylinder on a white background",
+        "cylinder",
     ),
     Example("coffee", "coffee.jpg", "", "a medium upright ball on a beige background"),
 )
@@ -55,7 +61,9 @@ def run(folder: Path, progress: bool = True) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=not progress)
     runs = [_edit(pipe, example, method, folder) for example in EXAMPLES for method in METHODS]
     report = {"folder": str(folder), "rows": [row for row, _ in runs], "versions": versions()}
-    save_png(stack([_overview(pipe, result) for row, result in runs if row["method"] == METHODS[0]]), folder / "overview.png")
+    shown = [result for row, result in runs if row["method"] == METHODS[0]]
+    strips = [_overview(pipe, example, result) for example, result in zip(EXAMPLES, shown, strict=True)]
+    save_png(stack(strips), folder / "overview.png")
     write_text(folder / "result.json", json.dumps(report, indent=2) + "\n")
     return report
 
@@ -80,12 +88,26 @@ def _edit(pipe: EditPipeline, example: Example, method: str, folder: Path) -> tu
     return row, result
 
 
-def _overview(pipe: EditPipeline, result: EditResult) -> Image.Image:
-    """Source, reconstruction, the target prompt without control, and the edit."""
+def _overview(pipe: EditPipeline, example: Example, result: EditResult) -> Image.Image:
+    """Source, reconstruction, the target prompt without control, the edit, and for a scene the true result."""
     alone = pipe.edit(result.trajectory, result.prompts, control="none", guidance_scale=GUIDANCE)
-    pictures = [result.source, result.reconstruction, alone.edited[0], result.edited[0]]
-    labels = ["source", "reconstruction", "edit by prompt alone", "edit with MasaCtrl"]
-    return strip([picture for picture in pictures if picture is not None], labels)
+    pictures = {
+        "source": result.source,
+        "reconstruction": result.reconstruction,
+        "edit by prompt alone": alone.edited[0],
+        "edit with MasaCtrl": result.edited[0],
+        "true result, rendered": _truth(pipe, example),
+    }
+    shown = {label: picture for label, picture in pictures.items() if picture is not None}
+    return strip(list(shown.values()), list(shown))
+
+
+def _truth(pipe: EditPipeline, example: Example) -> Image.Image | None:
+    """The scene with the shape asked for, None for a photograph."""
+    if not example.shape:
+        return None
+    scene = replace(random_scene(int(example.image.removeprefix(SCENE))), shape=example.shape)
+    return to_pil(render([scene], min(pipe.backbone.native_size))[0] * 2 - 1)[0]
 
 
 def _located(image: str) -> str:
