@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from easyinv_edit.tabletop import autoencoder, judge, networks
 from easyinv_edit.tabletop.fitting import Fit
@@ -60,6 +60,30 @@ def test_the_loss_is_zero_for_equal_pictures_and_weighs_the_object(bytes_and_mas
     object_error = autoencoder.reconstruction_loss(picture + noise * solid, picture, mask) / solid.mean()
     ground_error = autoencoder.reconstruction_loss(picture + noise * (1 - solid), picture, mask) / (1 - solid).mean()
     assert object_error > 3 * ground_error
+
+
+def test_crops_show_the_object(bytes_and_masks: tuple[Tensor, Tensor]) -> None:
+    """Cut from picture and mask at one place, never outside, and nearly always with a part of the object in them."""
+    pictures, masks = (part.repeat(8, 1, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2) for part in bytes_and_masks)
+    both = torch.cat([pictures, masks], 1)
+    generator = torch.Generator().manual_seed(0)
+    crops, cover = autoencoder.object_crops(both, masks, generator)
+    assert crops.shape == (64, 4, autoencoder.CROP, autoencoder.CROP)
+    assert (crops[:, 3:] == cover).all()
+    assert (cover.amax((1, 2, 3)) > 127).float().mean() > 0.95
+    assert len({tuple(crop.flatten().tolist()) for crop in cover}) > 48
+
+
+@pytest.mark.parametrize(
+    ("draw", "change"),
+    [(0.0, lambda x: x.flip(-1)), (0.3, lambda x: nn.functional.avg_pool2d(x, 2)), (0.9, lambda x: x)],
+    ids=["mirrored", "halved", "left alone"],
+)
+def test_latents_pictures_and_masks_are_changed_alike(draw: float, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(draw))
+    given = [torch.arange(256.0).reshape(1, 1, 16, 16) + i for i in range(3)]
+    made = autoencoder.equivariant(given[0], given[1], given[2], torch.Generator())
+    assert all(torch.equal(a, change(b)) for a, b in zip(made, given, strict=True))
 
 
 def test_words_that_cannot_be_seen_are_ignored() -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from easyinv_edit.tabletop.render import CHUNK, GROUND, render, render_apart
+from easyinv_edit.tabletop.render import CHUNK, GROUND, render, render_apart, silhouettes
 from easyinv_edit.tabletop.scene import BESIDE, SHAPES, SIZES, Scene, Solid, random_scene, random_table, replace
 
 BALL = Scene(shape="ball", texture="plain", colour="red", yaw=0.0, offset=0.0, light=0.0)
@@ -127,3 +127,16 @@ def test_every_texture_shows_both_colours_on_every_shape(shape: str, texture: st
     inside = picture[0][:, mask[0, 0] > 0.99]
     redder = (inside[0] > inside[2]).float().mean().item()
     assert 0.05 < redder < 0.95
+
+
+def test_silhouettes_of_renders_are_their_coverage() -> None:
+    """The bare ground shows nothing; a render shows its solids, up to those surfaces that look like the ground."""
+    scenes = [random_table(seed) for seed in range(24)]
+    pictures, masks = render(scenes, 64)
+    found, inside = silhouettes(pictures, scenes), masks[:, 0] > 0.5
+    overlap = (found & inside).sum((1, 2)) / (found | inside).sum((1, 2))
+    assert overlap.mean() > 0.93
+    empty = render([replace(scene, offset=5.0, beside=None) for scene in scenes], 64)[0]
+    ground = [replace(scene, offset=5.0, beside=None) for scene in scenes]
+    assert not silhouettes(empty, ground).any()
+    assert silhouettes(pictures, ground).float().mean() > inside.float().mean()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop import fitting, judge, training
+from tests.helpers import Command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tabletop"
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_smoke_trains_resumes_and_yields_a_model(tmp_path: Path, monkeypatch: py
     recipe = replace(recipe, scenes=32)
     folder = training.train(recipe, tmp_path, CPU, report=lambda text: None)
     pipe = EditPipeline.from_pretrained(folder)
-    assert pipe.backbone.native_size == (64, 64)
+    assert pipe.backbone.native_size == (128, 128)
     assert judge.load(folder / "judge.safetensors").read(torch.zeros(1, 3, 64, 64))[0].keys() >= {"shape", "colour"}
     record = json.loads((folder / "training.json").read_text())
     assert record["unet"]["samples"] == 64
@@ -67,6 +69,30 @@ def test_smoke_trains_resumes_and_yields_a_model(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fitting, "_step", no_step)
     training.train(recipe, tmp_path, CPU, report=lambda text: None)
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
+    """Autoencoder and judge stay as they are, the UNet begins where it was, and the record holds both trainings."""
+    recipe = replace(training.read_training_recipe(CONFIGS / "smoke.yaml"), scenes=16)
+    still = replace(recipe, unet=replace(recipe.unet, samples=16, rate=1e-9))
+    first = training.train(recipe, tmp_path / "first", CPU, report=lambda text: None)
+    second = training.train(still, tmp_path / "second", CPU, report=lambda text: None, start=first)
+    for part in ("vae", "unet", "text_encoder"):
+        file = next((first / part).glob("*.safetensors")).name
+        before, after = (load_file(folder / part / file) for folder in (first, second))
+        assert all(torch.allclose(before[key].float(), after[key].float(), atol=1e-4) for key in before), part
+    assert (first / "judge.safetensors").read_bytes() == (second / "judge.safetensors").read_bytes()
+    record = json.loads((second / "training.json").read_text())
+    assert record["start"] == json.loads((first / "training.json").read_text())
+    assert record["unet"]["samples"] == 16
+    assert not (tmp_path / "second" / "autoencoder.checkpoint").exists()
+
+
+def test_training_on_from_what_is_no_tabletop_model_is_refused(command: Command, tmp_path: Path) -> None:
+    code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(tmp_path))
+    assert code == 2
+    assert "has no judge.safetensors, so it is no tabletop model" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_autoencoder_below_its_gate_stops_the_training(tmp_path: Path) -> None:
