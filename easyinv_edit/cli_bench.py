@@ -223,7 +223,7 @@ def _carry_out(config: Benchmark, text: str, output: str | None, quiet: bool, js
     place = Path(output or config.output or f"outputs/bench-{config.kind}")
     terminal.require_writable(place)
     terminal.settle(quiet)
-    from easyinv_edit.evaluation import runner, summary
+    from easyinv_edit.evaluation import runner, summary_text
 
     report = (lambda _text: None) if quiet or json_ else (lambda told: typer.echo(told, err=True))
     try:
@@ -231,7 +231,7 @@ def _carry_out(config: Benchmark, text: str, output: str | None, quiet: bool, js
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise
-    terminal.show(done.summary, quiet, json_, lambda found: summary.markdown(found).rstrip())
+    terminal.show(done.summary, quiet, json_, lambda found: summary_text.markdown(found).rstrip())
     if done.failed:
         first = done.failed[0]
         typer.echo(

@@ -19,7 +19,16 @@ from PIL import Image
 
 from attention_control import ControlError
 from easyinv_edit.errors import EasyInvError, InputError
-from easyinv_edit.evaluation import bench_figures, columns, datasets, edit_bench, environment, leaderboard, summary
+from easyinv_edit.evaluation import (
+    bench_figures,
+    columns,
+    datasets,
+    edit_bench,
+    environment,
+    leaderboard,
+    summary,
+    summary_text,
+)
 from easyinv_edit.evaluation import items as items_of
 from easyinv_edit.evaluation.benchmark import Benchmark
 from easyinv_edit.evaluation.columns import Measures
@@ -202,8 +211,8 @@ def _judge(config: Benchmark) -> judging.Judge | None:
 def _write(folder: Path, content: dict[str, Any]) -> None:
     """The summary in its three forms."""
     write_text(folder / "summary.json", json.dumps(content, indent=2) + "\n")
-    write_text(folder / "summary.csv", summary.as_csv(content))
-    write_text(folder / "summary.md", summary.markdown(content))
+    write_text(folder / "summary.csv", summary_text.as_csv(content))
+    write_text(folder / "summary.md", summary_text.markdown(content))
 
 
 def _leaderboard(

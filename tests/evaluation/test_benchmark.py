@@ -300,7 +300,7 @@ def test_a_shipped_benchmark_says_what_it_is_and_can_be_read(name: str) -> None:
 
 
 def _protocol(made: Benchmark) -> list[tuple[str, object]]:
-    from easyinv_edit.evaluation.summary import differences
+    from easyinv_edit.evaluation.published import differences
 
     assert differences(made) == [], "a file as it is shipped is its own protocol"
     return list(made.protocol.items())

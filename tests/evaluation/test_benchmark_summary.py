@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from easyinv_edit.evaluation import columns, metrics, summary, weights
+from easyinv_edit.evaluation import columns, metrics, summary, summary_text, weights
 from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping, recipe_files
 from easyinv_edit.evaluation.benchmark import read as read_file
 from easyinv_edit.evaluation.columns import COLUMNS, Measures, Sample, loaded, plain_name
@@ -191,7 +191,7 @@ def test_means_leave_out_what_is_not_defined_and_say_how_many_went_in() -> None:
     assert (style["ddim + masactrl"]["n"], style["ddim + masactrl"]["background PSNR"]) == (1, None)
     assert (style["ddim + none"]["n"], style["ddim + none"]["inside"]) == (0, None)
     assert content["notes"][-1] == "1 of 5 results are errors; results.jsonl holds each with its reason"
-    lines = summary.markdown(content).splitlines()
+    lines = summary_text.markdown(content).splitlines()
     assert "| ddim + masactrl | 3 | 30.00 | 2.00 (1) | 30.00 (1) |" in lines
 
 
@@ -215,12 +215,12 @@ def test_published_numbers_stand_below_the_line_they_belong_to() -> None:
         {"variant": "other, float32", "source": "a paper", "same_protocol": True, "why": "", "SSIM": 0.5},
     ]
     assert [column["name"] for column in content["columns"]] == ["PSNR", "SSIM", "seconds", "LPIPS (vgg)"]
-    told = [line["variant"] for line in summary.lines_of(content, content["tables"][0])]
+    told = [line["variant"] for line in summary_text.lines_of(content, content["tables"][0])]
     assert told == [CEILING, "easyinv", "easyinv", "other, float32"]
-    lines = summary.markdown(content).splitlines()
+    lines = summary_text.markdown(content).splitlines()
     assert "| easyinv | 1 | 25.00 |  |  |  |" in lines
     assert "| *easyinv: a paper* |  | 30.00 |  |  | 0.3000 |" in lines
-    read = list(csv.DictReader(summary.as_csv(content).splitlines()))
+    read = list(csv.DictReader(summary_text.as_csv(content).splitlines()))
     assert [(line["variant"], line["source"], line["PSNR"]) for line in read[1:3]] == [
         ("easyinv", "", "25.0"), ("easyinv", "a paper", "30.0"),
     ]  # fmt: skip
@@ -244,7 +244,7 @@ def test_another_protocol_is_marked_with_its_reason() -> None:
         "not the protocol of the published numbers: model is embedded here and sd14 there; data.set is tabletop here and coco "
         "there; the numbers say nothing about the published ones"
     ]
-    marked = summary.markdown(content)
+    marked = summary_text.markdown(content)
     assert "| *easyinv: a paper* \\* |" in marked
     assert "\n\\* w; this run's model, data.set are not the published ones\n" in marked
 
@@ -348,7 +348,7 @@ def test_a_benchmark_of_inversions_says_what_a_pinned_source_gives() -> None:
     assert note.startswith(
         "autoencoder alone is what an edit with a pinned source, the default, reconstructs under every method"
     )
-    assert f"- {note}\n" in summary.markdown(built(inversions()))
+    assert f"- {note}\n" in summary_text.markdown(built(inversions()))
     assert not any("pinned" in note for note in built(edits())["notes"])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from easyinv_edit.evaluation import summary
+from easyinv_edit.evaluation import summary_text
 from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping
 from easyinv_edit.evaluation.datasets import Item, chunks, folder, scenes
 from easyinv_edit.evaluation.metrics import psnr, ssim
@@ -171,7 +171,7 @@ def test_the_markdown_and_the_csv_hold_every_line(place: Path) -> None:
     flat = [row for table in content["tables"] for row in table["rows"]]
     assert [row["variant"] for row in read] == [row["variant"] for row in flat]
     assert [row["PSNR"] for row in read] == [str(row["PSNR"]) for row in flat]
-    assert summary.markdown(content) == (place / "summary.md").read_text()
+    assert summary_text.markdown(content) == (place / "summary.md").read_text()
 
 
 def test_two_precisions_are_lines_of_their_own(model: Path, tmp_path: Path) -> None:
