@@ -15,6 +15,7 @@ from PIL import Image
 from easyinv_edit.errors import EasyInvWarning, InputError
 from easyinv_edit.evaluation import pareto
 from easyinv_edit.evaluation.bench_grids import Cell, Head, Row, page
+from easyinv_edit.evaluation.bench_strips import strips
 from easyinv_edit.evaluation.run_folder import Run, read
 from easyinv_edit.evaluation.variants import CEILING
 from easyinv_edit.images import save_png
@@ -41,8 +42,9 @@ def draw(folder: Path, *, items: int = 8) -> list[Path]:
 
     grid*.png: a column per item, at most `items`, and a row per variant below the source and the true result; for each group of
     items by itself; where one page is not enough for all variants, a page with every control of each inversion, and one with
-    every inversion under each control. grid-guided*.png: the same, sampled back at an edit's guidance. latents*.png: source,
-    the middle level's latent decoded, and result. pareto*.png: quality against evaluations, a plot per table; without
+    every inversion under each control. grid-guided*.png: the same, sampled back at an edit's guidance. strips.png: where
+    controls are for some groups only, a row per control and group, with the prompt alone beside it. latents*.png: source, the
+    middle level's latent decoded, and result. pareto*.png: quality against evaluations, a plot per table; without
     matplotlib a warning stands for them. The same folder gives the same bytes. Raises InputError where items is below 1 or the
     folder cannot be written.
     """
@@ -50,7 +52,7 @@ def draw(folder: Path, *, items: int = 8) -> list[Path]:
         raise InputError(f"items={items}: give a number of columns, 1 or more")
     run = read(Path(folder))
     made: list[Path] = []
-    for figures in (_grids(run, "result", items), _grids(run, "guided", items), _latents(run, items), _plots(run)):
+    for figures in (_grids(run, "result", items), _grids(run, "guided", items), strips(run), _latents(run, items), _plots(run)):
         for name, picture in figures:
             target = _free(run.folder / FOLDER, name, made)
             save_png(picture, target)
