@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from easyinv_edit.evaluation import columns, metrics, summary, summary_text, weights
+from easyinv_edit.evaluation import columns, metrics, published, summary, summary_text, weights
 from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping, recipe_files
 from easyinv_edit.evaluation.benchmark import read as read_file
 from easyinv_edit.evaluation.columns import COLUMNS, Measures, Sample, loaded, plain_name
@@ -330,7 +330,9 @@ def test_numbers_of_another_precision_belong_to_another_line() -> None:
 
 def test_a_folder_counts_as_the_preset_whose_structure_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protocol, row = {"model": "sd14"}, {**PUBLISHED, "values": {"PSNR": 30.0}}
-    monkeypatch.setattr(summary, "examine", lambda path: type("R", (), {"presets": ("sd15", "sd14") if "good" in path else ()}))
+    monkeypatch.setattr(
+        published, "examine", lambda path: type("R", (), {"presets": ("sd15", "sd14") if "good" in path else ()})
+    )
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
     for model, differing in (
