@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from easyinv_edit.errors import EasyInvWarning
 from easyinv_edit.evaluation.benchmark import FIRST_SEED
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import to_pil, to_unit
@@ -114,9 +116,11 @@ def _sampled_back(
     values: dict[float, list[float]] = {scale: [] for scale in GUIDANCE[invert]}
     for i in range(0, len(given.pictures), batch):
         part = slice(i, i + batch)
-        rows = pipe.invert_batch(
-            given.pictures[part], given.prompts[part], method, num_inference_steps=steps, guidance_scale=invert
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*inverting at guidance", category=EasyInvWarning)  # it is the question
+            rows = pipe.invert_batch(
+                given.pictures[part], given.prompts[part], method, num_inference_steps=steps, guidance_scale=invert
+            )
         ceilings = [_decoded(pipe, row.clean) for row in rows]
         for scale in GUIDANCE[invert]:
             values[scale] += [psnr(a, b) for a, b in zip(_back(pipe, rows, scale), ceilings, strict=True)]

@@ -8,7 +8,7 @@ left unsaid is what an editing method has to carry over from the source.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from easyinv_edit.tabletop.scene import PLACES, WORDS, Scene, Solid
 
@@ -70,5 +70,5 @@ def _dropped(rng: random.Random) -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every word that captions can hold, each once, in a fixed order."""
-    words: Iterable[str] = (*FILLERS, *(w for table in WORDS.values() for w in table), *PLACES)
-    return list(dict.fromkeys(words))
+    said = (place for place in PLACES if place != "middle")
+    return list(dict.fromkeys((*FILLERS, *(word for table in WORDS.values() for word in table), *said)))

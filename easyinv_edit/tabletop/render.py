@@ -69,11 +69,15 @@ def silhouettes(pictures: Tensor, scenes: Sequence[Scene], threshold: float = 0.
     """Where pictures (B, 3, size, size) in [0, 1] show something else than the bare grounds of `scenes`: bool (B, size, size).
 
     The ground has the scene's background and its solids' shadows, which size and place decide, not shape; threshold: least
-    difference of a channel that counts. It can be compared with the coverage `render` gives of what should stand there.
+    difference of a channel that counts. Beside bare ground a pixel counts where it is nearer to its neighbours than to the
+    ground. It can be compared with where the coverage that `render` gives of what should stand there is above a half.
     """
-    size = pictures.shape[-1]
+    size, pool = pictures.shape[-1], torch.nn.functional.max_pool2d
     ground = _ground(scenes, _rays(size, "cpu")).reshape(len(scenes), size, size, 3).permute(0, 3, 1, 2)
-    return (pictures - ground).abs().amax(1) > threshold
+    difference = (pictures - ground).abs().amax(1)
+    inside = -pool(-difference, 3, 1, 1) > threshold
+    nearer = difference > pool(difference, 3, 1, 1) / 2
+    return (difference > threshold) & (inside | nearer)
 
 
 def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:
