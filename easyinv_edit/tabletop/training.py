@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def train(
         record["start"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
         critic = judge.load(start / "judge.safetensors").to(device)
         vae, text, tokenizer, unet = networks.load_parts(start, device)
-    latents = autoencoder.encode(vae, pictures)
+    latents = _latents(vae, pictures, folder)
 
     def grid(step: int) -> None:
         pipe = networks.build_pipeline(vae, text, tokenizer, unet)
@@ -139,6 +140,23 @@ def _pictures(recipe: TrainingRecipe, folder: Path, device: torch.device, report
 def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
     pictures, masks = render([random_table(seed) for seed in seeds], networks.PICTURE_SIZE, device=str(device))
     return (pictures * 255).round().byte(), (masks * 255).round().byte()
+
+
+def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
+    """The pictures' latents, encoded once for each autoencoder: a run that is resumed finds them."""
+    digest = hashlib.sha256()
+    for value in vae.state_dict().values():
+        digest.update(value.float().cpu().numpy().tobytes())
+    path = folder / f"latents-{digest.hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        with torch.autocast(next(vae.parameters()).device.type, dtype=torch.bfloat16):
+            latents = autoencoder.encode(vae, pictures).float()
+        save_file({"latents": latents}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    latents = load_file(path)["latents"]
+    if len(latents) != len(pictures):
+        raise EasyInvError(f"{path}: holds {len(latents)} latents for {len(pictures)} pictures; train in a folder of its own")
+    return latents
 
 
 def _autoencoder(
