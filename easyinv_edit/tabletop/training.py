@@ -150,7 +150,7 @@ def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
     path = folder / f"latents-{digest.hexdigest()[:12]}-{len(pictures)}.safetensors"
     if not path.exists():
         with torch.autocast(next(vae.parameters()).device.type, dtype=torch.bfloat16):
-            latents = autoencoder.encode(vae, pictures).float()
+            latents = autoencoder.encode(vae, pictures).float().contiguous()
         save_file({"latents": latents}, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
     return load_file(path)["latents"]
