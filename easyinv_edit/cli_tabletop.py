@@ -64,11 +64,11 @@ def render_edits(
 def train_model(
     recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
-    start: Annotated[str | None, typer.Option(help="A finished tabletop model, or 'embedded': its UNet is trained on.")] = None,
+    start: Annotated[str | None, typer.Option(help="A finished tabletop model, or 'embedded', to train on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Train the embedded model from scratch, or resume; with --start, train the UNet of a finished one on."""
+    """Train the embedded model from scratch, or resume; with --start, train a finished one on."""
     terminal.settle(True)
     from easyinv_edit.errors import ModelError
     from easyinv_edit.pipeline import embedded_folder

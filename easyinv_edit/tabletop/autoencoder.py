@@ -1,4 +1,4 @@
-"""Train, whiten and gate the tabletop autoencoder.
+"""Train, whiten and gate the tabletop autoencoder, and train its decoder on.
 
 The gate comes before any UNet is trained: what the latents cannot hold, no sampler can draw.
 """
@@ -70,6 +70,30 @@ def train(vae: AutoencoderKL, pictures: Tensor, masks: Tensor, settings: Fit, fo
         return value + KL_WEIGHT * kl.float(), {"reconstruction": value.item(), "kl": kl.item()}
 
     return fit("autoencoder", vae.to(memory_format=torch.channels_last), loss, settings, folder)
+
+
+def train_decoder(
+    vae: AutoencoderKL, latents: Tensor, pictures: Tensor, masks: Tensor, settings: Fit, folder: Path
+) -> dict[str, Any]:
+    """Train the decoder alone, on latents (N, 4, h, w) of `pictures` that stay as they are; returns the record.
+
+    A step costs no pass through the encoder, and a UNet that was trained on the latents stays fit for them.
+    """
+    device = next(vae.parameters()).device
+
+    def loss(generator: torch.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(pictures), (settings.batch,), generator=generator)
+        z = latents[rows].to(device).contiguous(memory_format=torch.channels_last)
+        picture, mask = to_model_range(pictures[rows]).to(device), masks[rows].to(device).float() / 255
+        output = vae.decode(z).sample
+        with torch.autocast(device.type, enabled=False):
+            value = reconstruction_loss(output.float(), picture, mask)
+        return value, {}
+
+    trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    record = fit("decoder", trained.to(memory_format=torch.channels_last).train(), loss, settings, folder)
+    trained.eval()
+    return record
 
 
 def object_crops(pictures: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -38,13 +38,15 @@ Report = Callable[[str], None]
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrainingRecipe:
     """scenes: how many pictures to render and train on (seeds 0 .. scenes - 1); gate: least PSNR in dB inside held-out objects
-    that the autoencoder must reach before the UNet is trained; autoencoder, unet, judge: how long and how fast, see `Fit`."""
+    that the autoencoder must reach before the UNet is trained; judge, autoencoder, decoder (the autoencoder's, on the finished
+    latents), unet: how long and how fast, see `Fit`."""
 
     scenes: PositiveInt
     gate: float
-    autoencoder: Fit
-    unet: Fit
     judge: Fit
+    autoencoder: Fit
+    decoder: Fit
+    unet: Fit
 
 
 def read_training_recipe(path: Path) -> TrainingRecipe:
@@ -66,17 +68,18 @@ def train(
 ) -> Path:
     """Run every stage not yet done in `folder` and return the folder of the finished diffusers model.
 
-    A stage that was interrupted resumes from its last checkpoint. start: a finished model's folder, whose autoencoder and judge
-    are taken as they are and whose UNet and text encoder are trained on, by `recipe.unet` anew; its record stands under
+    A stage that was interrupted resumes from its last checkpoint. start: a finished model's folder, whose judge and encoder are
+    taken as they are and whose decoder, UNet and text encoder are trained on, by the recipe anew; its record stands under
     "start" in the new one. Raises EasyInvError where the autoencoder fails its gate.
     """
+    begun = None if start is None else networks.load_parts(start, device)
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = _pictures(recipe, folder, device, report)
     scenes = [random_table(seed) for seed in range(recipe.scenes)]
     record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}
-    if start is None:
+    if start is None or begun is None:
         critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
-        vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device, critic)
+        vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device)
         report(f"autoencoder: {record['autoencoder']}")
         torch.manual_seed(recipe.unet.seed)
         tokenizer = networks.build_tokenizer()
@@ -84,8 +87,11 @@ def train(
     else:
         record["start"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
         critic = judge.load(start / "judge.safetensors").to(device)
-        vae, text, tokenizer, unet = networks.load_parts(start, device)
+        vae, text, tokenizer, unet = begun
     latents = _latents(vae, pictures, folder)
+    record["decoder"] = autoencoder.train_decoder(vae, latents, pictures, masks, recipe.decoder, folder)
+    record["decoder"] |= _gate(recipe, vae, device, critic)
+    report(f"decoder: {record['decoder']}")
 
     def grid(step: int) -> None:
         pipe = networks.build_pipeline(vae, text, tokenizer, unet)
@@ -157,25 +163,30 @@ def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
 
 
 def _autoencoder(
-    recipe: TrainingRecipe, pictures: Tensor, masks: Tensor, folder: Path, device: torch.device, critic: judge.Judge
+    recipe: TrainingRecipe, pictures: Tensor, masks: Tensor, folder: Path, device: torch.device
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """The trained, gated and whitened autoencoder and its record."""
+    """The trained and whitened autoencoder and its record."""
     torch.manual_seed(recipe.autoencoder.seed)
     vae = networks.build_autoencoder().to(device)
     record = autoencoder.train(vae, pictures, masks, recipe.autoencoder, folder)
     vae.eval()
+    record["whitening"] = autoencoder.whiten(vae, pictures[:2048])
+    return vae, record
+
+
+def _gate(recipe: TrainingRecipe, vae: AutoencoderKL, device: torch.device, critic: judge.Judge) -> dict[str, Any]:
+    """What the autoencoder keeps of held-out pictures. Raises EasyInvError where that is less than the recipe wants."""
     test, test_masks = _render_bytes(range(HELD_OUT, HELD_OUT + TESTED), device)
-    record |= autoencoder.gate(vae, test, test_masks)
+    record: dict[str, Any] = {**autoencoder.gate(vae, test, test_masks)}
     if record["object_psnr"] < recipe.gate:
         raise EasyInvError(
             f"the autoencoder reaches {record['object_psnr']:.1f} dB inside objects, below the gate of {recipe.gate}; "
             "train it longer"
         )
-    record["whitening"] = autoencoder.whiten(vae, pictures[:2048])
     scenes = held_out(TESTED)
     record["judged_pictures"] = judge.accuracy(critic, test.float() / 255, scenes)
     record["judged_round_trip"] = judge.accuracy(critic, autoencoder.round_trip(vae, test), scenes)
-    return vae, record
+    return record
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.tabletop import fitting, judge, training
+from easyinv_edit.tabletop import fitting, judge, networks, training
 from tests.helpers import Command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tabletop"
@@ -72,9 +73,9 @@ def test_smoke_trains_resumes_and_yields_a_model(tmp_path: Path, monkeypatch: py
 
 
 def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
-    """Autoencoder and judge stay as they are, the UNet begins where it was, and the record holds both trainings."""
+    """Judge and latents stay as they are, decoder and UNet begin where they were, and the record holds both trainings."""
     recipe = replace(training.read_training_recipe(CONFIGS / "smoke.yaml"), scenes=16)
-    still = replace(recipe, unet=replace(recipe.unet, samples=16, rate=1e-9))
+    still = replace(recipe, unet=replace(recipe.unet, samples=16, rate=1e-9), decoder=replace(recipe.decoder, rate=1e-9))
     first = training.train(recipe, tmp_path / "first", CPU, report=lambda text: None)
     second = training.train(still, tmp_path / "second", CPU, report=lambda text: None, start=first)
     for part in ("vae", "unet", "text_encoder"):
@@ -92,6 +93,18 @@ def test_training_on_from_what_is_no_tabletop_model_is_refused(command: Command,
     code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(tmp_path))
     assert code == 2
     assert "has no judge.safetensors, so it is no tabletop model" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_size_is_not_trained_on(
+    command: Command, tmp_path: Path, untrained_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "PICTURE_SIZE", 256)
+    model = shutil.copytree(untrained_folder, tmp_path / "model")
+    judge.save(judge.Judge(), model / "judge.safetensors")
+    code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(model))
+    assert code == 2
+    assert "draws 128 pixels, and training is on 256" in told
     assert not (tmp_path / "run").exists()
 
 
