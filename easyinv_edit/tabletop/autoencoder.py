@@ -90,8 +90,9 @@ def train_decoder(
             value = reconstruction_loss(output.float(), picture, mask)
         return value, {}
 
+    vae.to(memory_format=torch.channels_last)
     trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    record = fit("decoder", trained.to(memory_format=torch.channels_last).train(), loss, settings, folder)
+    record = fit("decoder", trained.train(), loss, settings, folder)
     trained.eval()
     return record
 
