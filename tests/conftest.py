@@ -33,14 +33,16 @@ def quiet_libraries() -> None:
 
 @pytest.fixture(scope="session")
 def untrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion model folder of the embedded model's shape with random weights, float32."""
+    """A Stable Diffusion model folder with the embedded model's UNet and a smaller autoencoder, 64 pixels at factor 4: random
+    weights, float32. What the vocabulary holds does not change the networks."""
     from easyinv_edit.tabletop import networks
+    from tests.models import small_autoencoder
 
-    torch.manual_seed(0)
     tokenizer = networks.build_tokenizer()
-    text, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
+    torch.manual_seed(0)
+    unet, autoencoder = networks.build_unet(), small_autoencoder()
     folder = tmp_path_factory.mktemp("untrained")
-    networks.build_pipeline(networks.build_autoencoder(), text, tokenizer, unet).save_pretrained(folder)
+    networks.build_pipeline(autoencoder, networks.build_text_encoder(tokenizer), tokenizer, unet).save_pretrained(folder)
     return folder
 
 

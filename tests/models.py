@@ -122,3 +122,17 @@ def sdxl(seed: int = 0, *, zeros: bool = True, **unet: Any) -> StableDiffusionXL
 
 FAMILIES: dict[str, Callable[[], Any]] = {"sd": sd, "sd-v": sd_v, "sdxl": sdxl}
 """What the contract tests run over."""
+
+
+def small_autoencoder() -> AutoencoderKL:
+    """64 pixels, 16 x 16 x 4 latents: an autoencoder that tests can run often."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+    )

@@ -63,7 +63,7 @@ def test_our_sampling_is_the_stock_pipelines(untrained_folder: Path, untrained: 
     picture = stock("a red ball", **options | {"output_type": "pt"}).images
     with torch.no_grad():
         assert (picture - (backbone.decode(ours) / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
-    assert picture.shape == (1, 3, 128, 128)
+    assert picture.shape == (1, 3, 64, 64)
 
 
 def test_the_export_mixes_dtypes_so_that_a_stock_load_does_not(untrained: EditPipeline, tmp_path: Path) -> None:

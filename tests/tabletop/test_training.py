@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.tabletop import fitting, judge, networks, training
+from easyinv_edit.tabletop import fitting, judge, training
 from tests.helpers import Command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tabletop"
@@ -96,15 +96,12 @@ def test_training_on_from_what_is_no_tabletop_model_is_refused(command: Command,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_of_another_size_is_not_trained_on(
-    command: Command, tmp_path: Path, untrained_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(networks, "PICTURE_SIZE", 256)
+def test_a_model_of_another_size_is_not_trained_on(command: Command, tmp_path: Path, untrained_folder: Path) -> None:
     model = shutil.copytree(untrained_folder, tmp_path / "model")
     judge.save(judge.Judge(), model / "judge.safetensors")
     code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(model))
     assert code == 2
-    assert "draws 128 pixels, and training is on 256" in told
+    assert "draws 64 pixels, and training is on 128" in told
     assert not (tmp_path / "run").exists()
 
 
