@@ -152,7 +152,7 @@ def load_parts(folder: Path, device: torch.device) -> tuple[AutoencoderKL, CLIPT
 
     Raises ModelError for a model of pictures of another size than `PICTURE_SIZE`.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if side != PICTURE_SIZE:
         raise ModelError(f"{folder}: draws {side} pixels, and training is on {PICTURE_SIZE}; start from nothing")

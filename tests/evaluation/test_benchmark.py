@@ -18,7 +18,8 @@ from easyinv_edit.evaluation.benchmark import Benchmark, from_mapping, parse, re
 from easyinv_edit.evaluation.datasets import EditItem
 from easyinv_edit.evaluation.variants import CEILING, CONTROLS, Variant, filled, groups, variants
 
-SHIPPED = {"paper_table1", "paper_table2", "pie_bench", "tabletop_edits", "tabletop_reconstruction"}
+TABLETOP = {"tabletop_controllers", "tabletop_edits", "tabletop_inversions", "tabletop_reconstruction"}
+SHIPPED = {"paper_table1", "paper_table2", "pie_bench", *TABLETOP}
 INVERSIONS = "kind: inversion\ntitle: t\ndata: {set: tabletop, count: 2}\ninversions: [ddim, easyinv]\n"
 EDITS = "kind: edits\ntitle: t\ndata: {set: tabletop_edits, count: 2}\ninversions: [ddim]\ncontrols: [none, masactrl]\n"
 
