@@ -282,9 +282,10 @@ COST_COLUMNS: tuple[Column, ...] = (
 
 def markdown(table: list[dict[str, Any]], columns: Sequence[Column]) -> str:
     """A summary as a Markdown table."""
-    lines = [[head for _, head, _ in columns], ["---"] * len(columns)]
-    lines += [["" if row.get(key) is None else format(row[key], spec) for key, _, spec in columns] for row in table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    from easyinv_edit.evaluation import markdown as text
+
+    lines = [["" if row.get(key) is None else format(row[key], spec) for key, _, spec in columns] for row in table]
+    return text.table([head for _, head, _ in columns], lines)
 
 
 def as_csv(table: list[dict[str, Any]]) -> str:

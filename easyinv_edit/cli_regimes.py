@@ -24,7 +24,7 @@ def regimes(
 ) -> None:
     """Compare EasyInv with DDIM inversion, sampled back, over guidance scales, T, eta, windows and backgrounds.
 
-    Writes a table and JSON, after every line anew; the defaults take an hour on two cores.
+    Writes a table and JSON, after every line anew.
     """
     from easyinv_edit.cli_bench import _steps
 

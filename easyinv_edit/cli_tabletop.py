@@ -64,22 +64,17 @@ def render_edits(
 def train_model(
     recipe: Annotated[str, typer.Argument(help="A training recipe, or a name from configs/tabletop.")] = "cpu",
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it resumes there.")] = "runs/tabletop",
-    start: Annotated[str | None, typer.Option(help="A finished tabletop model, or 'embedded', to train on.")] = None,
+    start: Annotated[Path | None, typer.Option(help="A finished model's folder, to be trained on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
     """Train the embedded model from scratch, or resume; with --start, train a finished one on."""
     terminal.settle(True)
-    from easyinv_edit.errors import ModelError
-    from easyinv_edit.pipeline import embedded_folder
     from easyinv_edit.running import resolve_device
     from easyinv_edit.tabletop.training import read_training_recipe, train
 
     settings = read_training_recipe(terminal.config_file("tabletop", recipe))
-    begin = embedded_folder() if start == "embedded" else None if start is None else Path(start)
-    if begin is not None and not (begin / "judge.safetensors").exists():
-        raise ModelError(f"--start {begin}: has no judge.safetensors, so it is no tabletop model; give a folder that this made")
-    train(settings, Path(output), resolve_device(device), report=typer.echo, start=begin)
+    train(settings, Path(output), resolve_device(device), report=typer.echo, start=start)
 
 
 @app.command("evaluate")
@@ -88,7 +83,7 @@ def evaluate_model(
     output: Annotated[str, typer.Option("--output", "-o")] = "outputs/evaluation",
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
     steps: Annotated[int, typer.Option(min=2, help="Steps of every sampling, T.")] = 25,
-    sets: Annotated[int, typer.Option(min=1, help="How often, each time on other scenes with other noise.")] = 1,
+    sets: Annotated[int, typer.Option(min=1, max=10, help="How often, each time on other scenes with other noise.")] = 1,
     judge: Annotated[
         str | None, typer.Option(help="A model folder whose judge reads the pictures; default: the model's.")
     ] = None,

@@ -13,12 +13,11 @@ from PIL import Image
 
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.figures import stack, strip
-from easyinv_edit.images import save_png, to_pil, to_unit
+from easyinv_edit.images import save_png, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.result import EditResult, versions, write_text
-from easyinv_edit.running import SCENE, source_image
-from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import random_scene, replace
+from easyinv_edit.running import SCENE, rendered, scene_of, source_image
+from easyinv_edit.tabletop.scene import replace
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def _truth(pipe: EditPipeline, example: Example) -> Image.Image | None:
     """The scene with the shape asked for, None for a photograph."""
     if not example.shape:
         return None
-    scene = replace(random_scene(int(example.image.removeprefix(SCENE))), shape=example.shape)
-    return to_pil(render([scene], min(pipe.backbone.native_size))[0] * 2 - 1)[0]
+    return rendered(replace(scene_of(example.image), shape=example.shape), pipe.backbone.native_size)
 
 
 def _located(image: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,6 +16,9 @@ from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.recipe import EditRecipe
 from easyinv_edit.result import EditResult
 from easyinv_edit.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from easyinv_edit.tabletop.scene import Scene
 
 SCENE = "scene:"
 KEPT = (
@@ -50,15 +53,24 @@ def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:
 
 def source_image(spec: str, size: tuple[int, int]) -> str | Image.Image:
     """The image a recipe names: a path as it is, or the tabletop scene of "scene:SEED", rendered at `size`."""
-    if not spec.startswith(SCENE):
-        return spec
-    from easyinv_edit.tabletop.render import render
+    return rendered(scene_of(spec), size) if spec.startswith(SCENE) else spec
+
+
+def scene_of(spec: str) -> Scene:
+    """The tabletop scene of "scene:SEED"."""
     from easyinv_edit.tabletop.scene import random_scene
 
     seed = spec.removeprefix(SCENE)
     if not seed.isdecimal():
         raise InputError(f"image {spec!r}: write scene:SEED with a whole number, e.g. scene:7")
-    return to_pil(render([random_scene(int(seed))], min(size))[0] * 2 - 1)[0]
+    return random_scene(int(seed))
+
+
+def rendered(scene: Scene, size: tuple[int, int]) -> Image.Image:
+    """A scene as a square picture of the shorter side."""
+    from easyinv_edit.tabletop.render import render
+
+    return to_pil(render([scene], min(size))[0] * 2 - 1)[0]
 
 
 def require_image_and_prompts(recipe: EditRecipe, name: str = "recipe") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from easyinv_edit.errors import InputError
 from easyinv_edit.evaluation.columns import COLUMNS, plain_name
+from easyinv_edit.evaluation.markdown import table
 from easyinv_edit.evaluation.variants import BASELINE
 
 Row = Mapping[str, Any]
@@ -159,12 +160,13 @@ def markdown(board: Sequence[Row], judged: Mapping[str, float] | None = None) ->
     tasks = list(board[0]["tasks"])
     most = {task: max(line["tasks"][task]["n"] for line in board) for task in tasks}
     means = [name for name in ("wins", *MEANS) if name in board[0]]
-    lines = [["rank", "variant", "gain", *(f"{task} (n = {most[task]})" for task in tasks), *means]]
+    head = ["rank", "variant", "gain", *(f"{task} (n = {most[task]})" for task in tasks), *means]
+    lines = []
     for line in board:
         parts = [_cell(line["tasks"][task], most[task]) for task in tasks]
         numbers = [_shown(line[name], COLUMNS[name].digits if name in COLUMNS else 2) for name in means]
         lines.append([_shown(line["rank"], 0), line["variant"], _cell(line), *parts, *numbers])
-    return _table(lines) + (f"\n\n{told(judged)}" if judged else "")
+    return table(head, lines) + (f"\n\n{told(judged)}" if judged else "")
 
 
 def told(judged: Mapping[str, float]) -> str:
@@ -190,12 +192,7 @@ def grid(board: Sequence[Row]) -> str:
         )
     controls, inversions = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     rows = [[control, *(cells.get((control, inversion), "") for inversion in inversions)] for control in controls]
-    return _table([["control", *inversions], *rows])
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+    return table(["control", *inversions], rows)
 
 
 def _cell(part: Row, most: int | None = None) -> str:

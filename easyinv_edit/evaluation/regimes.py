@@ -17,6 +17,7 @@ from PIL import Image
 
 from easyinv_edit.errors import EasyInvWarning
 from easyinv_edit.evaluation.benchmark import FIRST_SEED
+from easyinv_edit.evaluation.markdown import table
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import to_pil, to_unit
 from easyinv_edit.inversion import EasyInv
@@ -139,12 +140,12 @@ def _decoded(pipe: EditPipeline, z: torch.Tensor) -> torch.Tensor:
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: the difference to DDIM inversion in dB, its standard error, and p where it is below .05."""
     head = ["T", "guidance of inverting / sampling", "eta", "window", "DDIM, dB", "all", "white", "other"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         window = "-".join(f"{end:g}" for end in row["window"])
         facts = [str(row["steps"]), f"{row['invert']:g} / {row['sample']:g}", f"{row['eta']:g}", window, f"{row['ddim']:.2f}"]
         lines.append([*facts, *(_shown(row[kind]) for kind in ("all", "white", "other"))])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return table(head, lines)
 
 
 def _shown(found: dict[str, float] | None) -> str:

@@ -204,7 +204,7 @@ def _judge(config: Benchmark) -> judging.Judge | None:
     """The classifier that reads words off pictures, the model's own or the embedded one's; None where no column asks."""
     if config.data.set != "tabletop_edits" or config.kind != "edits" or not set(JUDGED) & set(config.columns):
         return None
-    own, ours = Path(config.model) / "judge.safetensors", embedded_folder() / "judge.safetensors"
+    own, ours = (folder / judging.FILE for folder in (Path(config.model), embedded_folder()))
     return judging.load(own if own.exists() else ours)
 
 

@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from easyinv_edit.evaluation.markdown import table as markdown_table
+
 Row = Mapping[str, Any]
 
 
@@ -16,8 +18,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     reasons = list(dict.fromkeys(row["why"] for row in summary["published"] if not row["same_protocol"]))
     for table in summary["tables"]:
         several = len(summary["tables"]) > 1
-        lines = _markdown_lines(summary, table, reasons)
-        parts.append("\n".join([*([f"## {table['title']}", ""] if several else []), *lines]))
+        title = f"## {table['title']}\n\n" if several else ""
+        parts.append(title + _markdown_table(summary, table, reasons))
     if reasons:
         parts.append("\n".join(f"{_mark(number)} {why}" for number, why in enumerate(reasons)))
     if summary["notes"]:
@@ -30,17 +32,17 @@ def _mark(number: int) -> str:
     return "\\*" * (number + 1)
 
 
-def _markdown_lines(summary: Mapping[str, Any], table: Mapping[str, Any], reasons: Sequence[str]) -> list[str]:
+def _markdown_table(summary: Mapping[str, Any], table: Mapping[str, Any], reasons: Sequence[str]) -> str:
     arrows = {"higher": " ↑", "lower": " ↓", None: ""}
     columns = summary["columns"]
     heads = [f"{c['name']}{', ' + c['unit'] if c['unit'] else ''}{arrows[c['better']]}" for c in columns]
-    lines = [["variant", "n", *heads], ["---"] * (len(heads) + 2)]
+    lines = []
     for row in lines_of(summary, table):
         published = row.get("source")
         mark = "" if not published or row["same_protocol"] else f" {_mark(reasons.index(row['why']))}"
         name = f"*{row['variant']}: {published}*{mark}" if published else row["variant"]
         lines.append([name, str(row.get("n", "")), *(_cell(row, column) for column in columns)])
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return markdown_table(["variant", "n", *heads], lines)
 
 
 def _cell(row: Row, column: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -47,16 +46,20 @@ def evaluate(
     judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
     Raises ModelError where the folder holds no judge: then it is no tabletop model.
     """
-    home = embedded_folder() if model == "embedded" else Path(model)
-    critic = (home if judge_of is None else Path(judge_of)) / "judge.safetensors"
-    if not critic.exists():
-        raise ModelError(f"{critic.parent}: has no judge.safetensors, so it is no tabletop model; train one: `tabletop train`")
-    pipe, judge = EditPipeline.from_pretrained(model), judging.load(critic)
+    judge = _judge_of(model if judge_of is None else judge_of)
+    pipe = EditPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     content: dict[str, Any] = {"model": model, "scenes": count, "steps": steps, "versions": versions(), "size": _size(pipe)}
     content["sets"] = [_measure(pipe, judge, number, count, steps, folder, report) for number in range(sets)]
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _judge_of(model: str) -> judging.Judge:
+    folder = embedded_folder() if model == "embedded" else Path(model)
+    if not (folder / judging.FILE).exists():
+        raise ModelError(f"{model}: has no {judging.FILE}, so it is no tabletop model; train one: `tabletop train`")
+    return judging.load(folder / judging.FILE)
 
 
 def _measure(
@@ -74,11 +77,9 @@ def _measure(
     for task in TASKS:
         report(f"set {number + 1}: edits: {task.name}")
         cases = make_cases(task, [random_scene(first + i) for i in range(20 * count)], count)
-        began = time.monotonic()
         outcomes, grid = run_task(pipe, judge, cases, num_inference_steps=steps)
         save_png(grid, folder / f"set-{number + 1}" / f"edit-{task.name}.png")
         content["edits"] += [asdict(outcome) for outcome in outcomes]
-        report(f"{time.monotonic() - began:.0f} s")
     return content
 
 

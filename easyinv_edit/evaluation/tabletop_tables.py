@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-BOUNDS = {"source unedited": "the source, unedited", "autoencoder of the truth": "the autoencoder of the truth"}
+from easyinv_edit.evaluation.markdown import table
 
 
 def text(report: dict[str, Any]) -> str:
@@ -27,7 +27,7 @@ def _autoencoder(sets: Sequence[dict[str, Any]]) -> str:
         ["rendered", "", "", *_cells([part["rendered"] for part in parts], fields, 3)],
         ["round trip", *_cells(parts, ["psnr", "object_psnr"], 1), *_cells([p["round trip"] for p in parts], fields, 3)],
     ]
-    return _table(["autoencoder", "dB", "dB inside the object", *fields], lines)
+    return table(["autoencoder", "dB", "dB inside the object", *fields], lines)
 
 
 def _samples(sets: Sequence[dict[str, Any]]) -> str:
@@ -37,7 +37,7 @@ def _samples(sets: Sequence[dict[str, Any]]) -> str:
     for name in parts[0]:
         rows = [part[name] for part in parts]
         lines.append([name, *_cells(rows, fields, 3), *_cells(rows, ["kernel distance"], 3)])
-    return _table(["samples", *fields, "kernel distance"], lines)
+    return table(["samples", *fields, "kernel distance"], lines)
 
 
 def _reconstructions(sets: Sequence[dict[str, Any]]) -> str:
@@ -47,7 +47,7 @@ def _reconstructions(sets: Sequence[dict[str, Any]]) -> str:
         rows = [given["reconstructions"][number] for given in sets]
         lines.append([first["method"], *(_cell(rows, field, digits) for field, digits in fields.items())])
     heads = ["inversion", "dB to the autoencoder", "dB to the picture", "std of z_T", "evaluations", "seconds"]
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def _edits(sets: Sequence[dict[str, Any]]) -> str:
@@ -57,10 +57,9 @@ def _edits(sets: Sequence[dict[str, Any]]) -> str:
     for number, first in enumerate(sets[0]["edits"]):
         rows = [given["edits"][number] for given in sets]
         figures = [_cell(rows, field, digits) for field, digits in fields.items()]
-        name = BOUNDS.get(first["method"], first["method"])
-        lines.append([first["task"], name, *figures, *_cells([row["kept"] for row in rows], kept, 2)])
+        lines.append([first["task"], first["method"], *figures, *_cells([row["kept"] for row in rows], kept, 2)])
     heads = ["dB to the truth", "inside the object", "gain", "better", "word obeyed", "silhouette"]
-    return _table(["edit", "method", *heads, *(f"{field} kept" for field in kept)], lines)
+    return table(["edit", "method", *heads, *(f"{field} kept" for field in kept)], lines)
 
 
 def _cells(rows: Sequence[dict[str, float]], fields: Sequence[str], digits: int) -> list[str]:
@@ -74,8 +73,3 @@ def _cell(rows: Sequence[dict[str, float]], field: str, digits: int) -> str:
         return ""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

@@ -25,6 +25,8 @@ READ: dict[str, tuple[str, ...]] = {
     **{f"beside {field}": WORDS[field] for field in OF_SOLIDS},
 }
 """What a judge reads: attributes of the (first) solid and the ground, whether there is a second solid, and its attributes."""
+FILE = "judge.safetensors"
+"""What a tabletop model's folder calls its judge."""
 IGNORED = -100
 """Label of a word that the picture cannot show."""
 

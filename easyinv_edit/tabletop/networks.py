@@ -10,13 +10,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from easyinv_edit.errors import ModelError
 from easyinv_edit.tabletop.captions import vocabulary
 
 PICTURE_SIZE = 128
@@ -147,21 +145,8 @@ def build_pipeline(
     )
 
 
-def load_parts(folder: Path, device: torch.device) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel]:
-    """Autoencoder, text encoder, tokenizer and UNet of an exported model in float32, ready to be trained on.
-
-    Raises ModelError for a model of pictures of another size than `PICTURE_SIZE`.
-    """
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    if side != PICTURE_SIZE:
-        raise ModelError(f"{folder}: draws {side} pixels, and training is on {PICTURE_SIZE}; start from nothing")
-    use_plain_attention(pipe.vae, pipe.unet)
-    return pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet
-
-
 def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write `pipe` to `folder` as safetensors, UNet and VAE in float16 (about 23 MB).
+    """Write `pipe` to `folder` as safetensors, UNet and VAE in float16 (27 MB).
 
     The text encoder stays float32: transformers loads it in the dtype it was saved in and diffusers the others in float32, so
     that a stock pipeline loaded without a dtype would else be mixed.

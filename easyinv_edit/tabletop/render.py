@@ -18,6 +18,8 @@ from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, SECOND_COLOURS, SH
 GROUND = -0.62
 MARCH_STEPS = 40
 HIT = 2e-3
+SEEN = 0.08
+"""Least difference of a colour channel from the bare ground that counts as a solid."""
 CHUNK = 8
 """Scenes traced at once: few enough that their rays stay in a processor's cache."""
 
@@ -65,19 +67,19 @@ def render_apart(scenes: Sequence[Scene], size: int, supersample: int = 2, devic
     return torch.cat(pictures), torch.cat(masks)
 
 
-def silhouettes(pictures: Tensor, scenes: Sequence[Scene], threshold: float = 0.08) -> Tensor:
+def silhouettes(pictures: Tensor, scenes: Sequence[Scene]) -> Tensor:
     """Where pictures (B, 3, size, size) in [0, 1] show something else than the bare grounds of `scenes`: bool (B, size, size).
 
-    The ground has the scene's background and its solids' shadows, which size and place decide, not shape; threshold: least
-    difference of a channel that counts. Beside bare ground a pixel counts where it is nearer to its neighbours than to the
-    ground. It can be compared with where the coverage that `render` gives of what should stand there is above a half.
+    The ground has the scene's background and its solids' shadows, which size and place decide, not shape. A pixel must differ
+    by `SEEN`; beside bare ground it counts where it is nearer to its neighbours than to the ground. To be compared with where
+    the coverage that `render` gives of what should stand there is above a half.
     """
     size, pool = pictures.shape[-1], torch.nn.functional.max_pool2d
     ground = _ground(scenes, _rays(size, "cpu")).reshape(len(scenes), size, size, 3).permute(0, 3, 1, 2)
     difference = (pictures - ground).abs().amax(1)
-    inside = -pool(-difference, 3, 1, 1) > threshold
+    inside = -pool(-difference, 3, 1, 1) > SEEN
     nearer = difference > pool(difference, 3, 1, 1) / 2
-    return (difference > threshold) & (inside | nearer)
+    return (difference > SEEN) & (inside | nearer)
 
 
 def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -12,13 +13,15 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from easyinv_edit.errors import EasyInvError, RecipeError
+from easyinv_edit.backbones.loading import load_pipeline
+from easyinv_edit.errors import EasyInvError, ModelError, RecipeError
 from easyinv_edit.images import save_png, to_pil
 from easyinv_edit.tabletop import autoencoder, denoising, judge, networks
 from easyinv_edit.tabletop.captions import caption
@@ -32,6 +35,8 @@ TESTED = 512
 """How many held-out pictures the gate and the judge's figures are measured on."""
 SHARD = 1000
 """Scenes a file of rendered pictures holds: what an interrupted run loses at most."""
+RECORD = "training.json"
+"""What a model's folder calls the record of its training."""
 Report = Callable[[str], None]
 
 
@@ -70,44 +75,76 @@ def train(
 
     A stage that was interrupted resumes from its last checkpoint. start: a finished model's folder, whose judge and encoder are
     taken as they are and whose decoder, UNet and text encoder are trained on, by the recipe anew; its record stands under
-    "start" in the new one. Raises EasyInvError where the autoencoder fails its gate.
+    "start" in the new one. Raises ModelError where that folder is no such model, EasyInvError where the autoencoder fails its
+    gate.
     """
-    begun = None if start is None else networks.load_parts(start, device)
+    begun = None if start is None else _begun(start, device)
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = _pictures(recipe, folder, device, report)
     scenes = [random_table(seed) for seed in range(recipe.scenes)]
-    record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device)}
-    if start is None or begun is None:
-        critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
-        vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device)
-        report(f"autoencoder: {record['autoencoder']}")
-        torch.manual_seed(recipe.unet.seed)
-        tokenizer = networks.build_tokenizer()
-        text, unet = networks.build_text_encoder(tokenizer).to(device), networks.build_unet().to(device)
-    else:
-        record["start"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
-        critic = judge.load(start / "judge.safetensors").to(device)
-        vae, text, tokenizer, unet = begun
-    latents = _latents(vae, pictures, folder)
-    record["decoder"] = autoencoder.train_decoder(vae, latents, pictures, masks, recipe.decoder, folder)
-    record["decoder"] |= _gate(recipe, vae, device, critic)
+    parts = begun or _new(recipe, pictures, masks, scenes, folder, device)
+    record: dict[str, Any] = {"recipe": asdict(recipe), "machine": _machine(device), **parts.record}
+    latents = _latents(parts.vae, pictures, folder)
+    record["decoder"] = autoencoder.train_decoder(parts.vae, latents, pictures, masks, recipe.decoder, folder)
+    record["decoder"] |= _gate(recipe, parts.vae, device, parts.critic)
     report(f"decoder: {record['decoder']}")
 
     def grid(step: int) -> None:
-        pipe = networks.build_pipeline(vae, text, tokenizer, unet)
-        save_png(sample_grid(pipe), folder / f"samples-{step:06d}.png")
-        networks.use_plain_attention(vae, unet)
+        save_png(sample_grid(parts.pipeline()), folder / f"samples-{step:06d}.png")
+        networks.use_plain_attention(parts.vae, parts.unet)
 
-    record["unet"] = denoising.train(unet, text, tokenizer, latents, scenes, recipe.unet, folder, grid)
+    record["unet"] = denoising.train(parts.unet, parts.text, parts.tokenizer, latents, scenes, recipe.unet, folder, grid)
     report(f"unet: {record['unet']}")
-    return export(networks.build_pipeline(vae, text, tokenizer, unet), critic, record, folder / "model")
+    return export(parts.pipeline(), parts.critic, record, folder / "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a model is made of before its decoder and its UNet are trained; record: how it got there."""
+
+    critic: judge.Judge
+    vae: AutoencoderKL
+    text: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    record: dict[str, Any]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return networks.build_pipeline(self.vae, self.text, self.tokenizer, self.unet)
+
+
+def _new(
+    recipe: TrainingRecipe, pictures: Tensor, masks: Tensor, scenes: list[Scene], folder: Path, device: torch.device
+) -> _Parts:
+    """From nothing: judge and autoencoder are trained."""
+    record: dict[str, Any] = {}
+    critic, record["judge"] = judge.train(pictures, scenes, recipe.judge, folder, device)
+    vae, record["autoencoder"] = _autoencoder(recipe, pictures, masks, folder, device)
+    torch.manual_seed(recipe.unet.seed)
+    tokenizer = networks.build_tokenizer()
+    text, unet = networks.build_text_encoder(tokenizer).to(device), networks.build_unet().to(device)
+    return _Parts(critic, vae, text, tokenizer, unet, record)
+
+
+def _begun(start: Path, device: torch.device) -> _Parts:
+    """From a finished model. Raises ModelError where the folder is none that training made, or of another size."""
+    for file in (judge.FILE, RECORD):
+        if not (start / file).is_file():
+            raise ModelError(f"{start}: has no {file}, so it is no tabletop model; give a folder that `tabletop train` made")
+    pipe = load_pipeline(start, dtype=torch.float32).to(device)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    if side != networks.PICTURE_SIZE:
+        raise ModelError(f"{start}: draws {side} pixels, and training is on {networks.PICTURE_SIZE}; start from nothing")
+    networks.use_plain_attention(pipe.vae, pipe.unet)
+    record = {"start": json.loads((start / RECORD).read_text(encoding="utf-8"))}
+    return _Parts(judge.load(start / judge.FILE).to(device), pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, record)
 
 
 def export(pipe: Any, critic: judge.Judge, record: dict[str, Any], target: Path) -> Path:
     """Write the model folder: diffusers' own files in float16, the judge, and the training record."""
     networks.export(pipe, target)
-    judge.save(critic, target / "judge.safetensors")
-    (target / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    judge.save(critic, target / judge.FILE)
+    (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -137,8 +174,7 @@ def _pictures(recipe: TrainingRecipe, folder: Path, device: torch.device, report
             seeds = range(first, min(first + SHARD, recipe.scenes))
             report(f"rendering scenes {seeds.start} to {seeds.stop - 1} of {recipe.scenes}")
             pictures, masks = _render_bytes(seeds, device)
-            save_file({"pictures": pictures, "masks": masks}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
+            _save({"pictures": pictures, "masks": masks}, path)
         parts.append(load_file(path))
     return torch.cat([part["pictures"] for part in parts]), torch.cat([part["masks"] for part in parts])
 
@@ -149,7 +185,7 @@ def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
-    """The pictures' latents, encoded once for each autoencoder: a run that is resumed finds them."""
+    """The pictures' latents, encoded in bfloat16 and once for each autoencoder: a run that is resumed finds them."""
     digest = hashlib.sha256()
     for value in vae.state_dict().values():
         digest.update(value.float().cpu().numpy().tobytes())
@@ -157,9 +193,15 @@ def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
     if not path.exists():
         with torch.autocast(next(vae.parameters()).device.type, dtype=torch.bfloat16):
             latents = autoencoder.encode(vae, pictures).float().contiguous()
-        save_file({"latents": latents}, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        _save({"latents": latents}, path)
     return load_file(path)["latents"]
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
 
 
 def _autoencoder(

@@ -89,16 +89,24 @@ def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
     assert not (tmp_path / "second" / "autoencoder.checkpoint").exists()
 
 
-def test_training_on_from_what_is_no_tabletop_model_is_refused(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [(), ("judge.safetensors",), ("judge.safetensors", "training.json")])
+def test_training_on_from_what_is_no_tabletop_model_is_refused(
+    command: Command, tmp_path: Path, there: tuple[str, ...]
+) -> None:
+    for file in there:
+        (tmp_path / file).write_text("{}")
     code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(tmp_path))
     assert code == 2
-    assert "has no judge.safetensors, so it is no tabletop model" in told
+    missing = ["has no judge.safetensors, so it is no", "has no training.json, so it is no", "model_index.json"]
+    assert missing[len(there)] in told
+    assert "Traceback" not in told
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_of_another_size_is_not_trained_on(command: Command, tmp_path: Path, untrained_folder: Path) -> None:
     model = shutil.copytree(untrained_folder, tmp_path / "model")
     judge.save(judge.Judge(), model / "judge.safetensors")
+    (model / "training.json").write_text("{}")
     code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(model))
     assert code == 2
     assert "draws 64 pixels, and training is on 128" in told
