@@ -117,7 +117,7 @@ def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, 
         made |= {f"guidance {scale:g}": _draw(pipe, scenes, scale, number) for scale in GUIDANCE}
         for name, pictures in made.items():
             row = judging.accuracy(judge, pictures, scenes)
-            row["kernel distance"] = kernel_distance(_features(judge, pictures), _features(judge, others))
+            row["kernel distance"] = _distance(judge, pictures, others)
             result[f"{world}, {name}"] = row
             columns = min(count, 8)
             rows = [torch.cat(list(line), -1) for line in torch.split(pictures[: count // columns * columns][:32], columns)]
@@ -137,8 +137,11 @@ def _draw(pipe: EditPipeline, scenes: list[Scene], scale: float, seed: int) -> T
 
 
 @torch.no_grad()
-def _features(judge: judging.Judge, pictures: Tensor) -> Tensor:
-    return torch.cat([judge.features(part) for part in torch.split(pictures, BATCH)])
+def _distance(judge: judging.Judge, pictures: Tensor, others: Tensor) -> float:
+    """Kernel distance in the judge's features, which have no scale of their own: of mean square 1 over `others`."""
+    a, b = (torch.cat([judge.features(part) for part in torch.split(each, BATCH)]) for each in (pictures, others))
+    scale = b.square().mean().sqrt()
+    return kernel_distance(a / scale, b / scale)
 
 
 def _reconstructions(pipe: EditPipeline, first: int, count: int, steps: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def _samples(sets: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in parts[0]:
         rows = [part[name] for part in parts]
-        lines.append([name, *_cells(rows, fields, 3), *_cells(rows, ["kernel distance"], 3)])
+        lines.append([name, *_cells(rows, fields, 3), *_cells(rows, ["kernel distance"], 4)])
     return table(["samples", *fields, "kernel distance"], lines)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import BASELINE, METHODS, TASKS
-from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, evaluate
+from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, _distance, evaluate
 from easyinv_edit.evaluation.tabletop_tables import text
 from easyinv_edit.tabletop import judge
 
@@ -45,6 +45,16 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
     assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(given["edits"])
     assert all("±" in row for row in rows if "fixed_point" in row)
+
+
+def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_features() -> None:
+    torch.manual_seed(0)
+    reader, pictures = judge.Judge().eval(), torch.rand(12, 3, 64, 64)
+    near, far = (_distance(reader, each, pictures[6:]) for each in (pictures[:6], pictures[:6] / 2))
+    reader.body[-2].weight.data *= 50
+    reader.body[-2].bias.data *= 50
+    assert _distance(reader, pictures[:6], pictures[6:]) == pytest.approx(near, rel=1e-3, abs=1e-6)
+    assert far > abs(near)
 
 
 def test_another_models_judge_reads_the_pictures(untrained_folder: Path, tmp_path: Path) -> None:
