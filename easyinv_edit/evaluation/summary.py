@@ -78,7 +78,8 @@ def _described(title: str) -> dict[str, Any]:
 def _table(config: Benchmark, measures: Measures, lines: Sequence[Variant], rows: Sequence[Row], group: str) -> dict[str, Any]:
     """One table; group: whose items, empty for all."""
     chosen = [row for row in rows if group in ("", row["group"])]
-    made = [_line(measures, line, [row for row in chosen if row["variant"] == line.label]) for line in lines]
+    meant = [line for line in lines if not (group and line.tasks) or group in line.tasks]
+    made = [_line(measures, line, [row for row in chosen if row["variant"] == line.label]) for line in meant]
     if "x DDIM" in measures.names:
         _set_pace(made)
     whole = "all pictures" if config.kind == "inversion" else "all edits"

@@ -168,6 +168,17 @@ def row(variant: str, item: str, group: str = "", **values: Any) -> dict[str, An
     return {"variant": variant, "item": item, "group": group, "inversion": inversion, "control": control, **values}
 
 
+def test_a_kind_of_edit_has_no_line_of_a_control_that_is_not_for_it() -> None:
+    rows = [
+        row(f"ddim + {control}", group, group, inside=1.0)
+        for control, group in (("none", "shape"), ("none", "size"), ("masactrl", "shape"))
+    ]
+    content = built(edits(controls=["none", {"name": "masactrl", "tasks": ["shape"]}]), rows, ["shape", "size"])
+    told = {table["group"]: [line["variant"] for line in table["rows"]] for table in content["tables"]}
+    both = ["ddim + none", "ddim + masactrl"]
+    assert told == {"": both, "shape": both, "size": ["ddim + none"]}
+
+
 def test_means_leave_out_what_is_not_defined_and_say_how_many_went_in() -> None:
     rows = [
         row("ddim + masactrl", "a", "pose", inside=10.0, **{"background PSNR": 30.0}),
