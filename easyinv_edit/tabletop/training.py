@@ -44,7 +44,8 @@ Report = Callable[[str], None]
 class TrainingRecipe:
     """scenes: how many pictures to render and train on (seeds 0 .. scenes - 1); gate: least PSNR in dB inside held-out objects
     that the autoencoder must reach before the UNet is trained; judge, autoencoder, decoder (the autoencoder's, on the finished
-    latents), unet: how long and how fast, see `Fit`."""
+    latents), unet: how long and how fast, see `Fit`; compile: whether torch.compile runs the UNet while it is trained (needs a C++
+    compiler on a CPU; takes some minutes at every start or resumption)."""
 
     scenes: PositiveInt
     gate: float
@@ -52,6 +53,7 @@ class TrainingRecipe:
     autoencoder: Fit
     decoder: Fit
     unet: Fit
+    compile: bool = False
 
 
 def read_training_recipe(path: Path) -> TrainingRecipe:
@@ -90,10 +92,14 @@ def train(
     report(f"decoder: {record['decoder']}")
 
     def grid(step: int) -> None:
+        processors = parts.unet.attn_processors
         save_png(sample_grid(parts.pipeline()), folder / f"samples-{step:06d}.png")
-        networks.use_plain_attention(parts.vae, parts.unet)
+        parts.unet.set_attn_processor(processors)  # the very same ones: others would have a compiled UNet compiled again
 
-    record["unet"] = denoising.train(parts.unet, parts.text, parts.tokenizer, latents, scenes, recipe.unet, folder, grid)
+    trained = (parts.unet, parts.text, parts.tokenizer)
+    record["unet"] = denoising.train(
+        *trained, latents, scenes, recipe.unet, folder, on_save=grid, compiled=recipe.compile
+    )
     report(f"unet: {record['unet']}")
     return export(parts.pipeline(), parts.critic, record, folder / "model")
 
