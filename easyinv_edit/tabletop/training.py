@@ -44,8 +44,8 @@ Report = Callable[[str], None]
 class TrainingRecipe:
     """scenes: how many pictures to render and train on (seeds 0 .. scenes - 1); gate: least PSNR in dB inside held-out objects
     that the autoencoder must reach before the UNet is trained; judge, autoencoder, decoder (the autoencoder's, on the finished
-    latents), unet: how long and how fast, see `Fit`; compile: whether torch.compile runs the UNet while it is trained (needs a C++
-    compiler on a CPU; takes some minutes at every start or resumption)."""
+    latents), unet: how long and how fast, see `Fit`; compile: whether torch.compile runs the UNet while it is trained, which
+    needs a C++ compiler on a CPU and some minutes at every start or resumption."""
 
     scenes: PositiveInt
     gate: float
@@ -97,9 +97,7 @@ def train(
         parts.unet.set_attn_processor(processors)  # the very same ones: others would have a compiled UNet compiled again
 
     trained = (parts.unet, parts.text, parts.tokenizer)
-    record["unet"] = denoising.train(
-        *trained, latents, scenes, recipe.unet, folder, on_save=grid, compiled=recipe.compile
-    )
+    record["unet"] = denoising.train(*trained, latents, scenes, recipe.unet, folder, on_save=grid, compiled=recipe.compile)
     report(f"unet: {record['unet']}")
     return export(parts.pipeline(), parts.critic, record, folder / "model")
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.tabletop import fitting, judge, training
+from easyinv_edit.tabletop import denoising, fitting, judge, networks, training
+from easyinv_edit.tabletop.scene import random_table
 from tests.helpers import Command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tabletop"
@@ -118,3 +122,28 @@ def test_an_autoencoder_below_its_gate_stops_the_training(tmp_path: Path) -> Non
     with pytest.raises(EasyInvError, match=r"below the gate of 99.0; train it longer"):
         training.train(recipe, tmp_path, CPU, report=lambda text: None)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_compiled_unet_is_trained_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile does its tracing only, which needs no C++ compiler."""
+    trace, compiled = torch.compile, []
+
+    def compile_eagerly(unet: UNet2DConditionModel) -> Callable[..., Any]:
+        compiled.append(unet)
+        return trace(unet, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    scenes, tokenizer = [random_table(seed) for seed in range(16)], networks.build_tokenizer()
+    latents = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings = fitting.Fit(samples=16, batch=8, warmup=1)
+    trained = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        unet, text = networks.build_unet(), networks.build_text_encoder(tokenizer)
+        folder = tmp_path / str(flag)
+        folder.mkdir()
+        denoising.train(unet, text, tokenizer, latents, scenes, settings, folder, compiled=flag)
+        trained.append(unet.state_dict())
+    assert len(compiled) == 1
+    plain, traced = trained
+    assert all(torch.allclose(plain[key], traced[key], atol=1e-4) for key in plain)
