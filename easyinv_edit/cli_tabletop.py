@@ -84,6 +84,9 @@ def evaluate_model(
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes per measurement.")] = 24,
     steps: Annotated[int, typer.Option(min=2, help="Steps of every sampling, T.")] = 25,
     sets: Annotated[int, typer.Option(min=1, max=10, help="How often, each time on other scenes with other noise.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Samples of each world and guidance; default: 8 for every scene.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="A model folder whose judge reads the pictures; default: the model's.")
     ] = None,
@@ -94,5 +97,6 @@ def evaluate_model(
     terminal.settle(True)
     from easyinv_edit.evaluation import tabletop, tabletop_tables
 
-    report = tabletop.evaluate(model, Path(output), scenes, steps, partial(typer.echo, err=True), sets, judge)
+    say = partial(typer.echo, err=True)
+    report = tabletop.evaluate(model, Path(output), scenes, steps, say, sets=sets, samples=samples, judge_of=judge)
     terminal.show(report, False, json_, tabletop_tables.text)

@@ -110,6 +110,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compared; keyword arguments of `EditPipeline.edit`."""
 BASELINE = "inverted, plain"
+INVERTED_TOGETHER = 8
+"""Pictures that are inverted in one batch."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,7 @@ def run_task(
     size = pipe.backbone.native_size[0]
     sources, _ = render([case.source for case in cases], size)
     truths, masks = render([case.truth for case in cases], size)
-    trajectories = [
-        pipe.invert(to_pil(picture[None] * 2 - 1)[0], case.source_prompt, inversion, num_inference_steps=num_inference_steps)
-        for picture, case in zip(sources, cases, strict=True)
-    ]
+    trajectories = _inverted(pipe, to_pil(sources * 2 - 1), cases, inversion, num_inference_steps)
     made: dict[str, Tensor] = {"source unedited": sources, "autoencoder of the truth": _round_trip(pipe, truths)}
     for method, options in METHODS.items():
         edits = [
@@ -243,6 +242,17 @@ def run_task(
     columns = min(len(cases), 12)
     grid = torch.cat([torch.cat(list(row[:columns]), -1) for row in rows], -2)
     return outcomes, to_pil(grid[None] * 2 - 1)[0]
+
+
+def _inverted(
+    pipe: EditPipeline, pictures: Sequence[Image.Image], cases: Sequence[Case], inversion: str, steps: int
+) -> list[Trajectory]:
+    pairs = [(picture, case.source_prompt) for picture, case in zip(pictures, cases, strict=True)]
+    made: list[Trajectory] = []
+    for first in range(0, len(pairs), INVERTED_TOGETHER):
+        images, prompts = zip(*pairs[first : first + INVERTED_TOGETHER], strict=True)
+        made += pipe.invert_batch(images, prompts, inversion, num_inference_steps=steps)
+    return made
 
 
 def _edit(pipe: EditPipeline, trajectory: Trajectory, case: Case, seed: int, scale: float, options: dict[str, Any]) -> Tensor:

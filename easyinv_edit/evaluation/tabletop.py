@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -38,11 +39,20 @@ Report = Callable[[str], None]
 
 
 def evaluate(
-    model: str, folder: Path, count: int, steps: int, report: Report, sets: int = 1, judge_of: str | None = None
+    model: str,
+    folder: Path,
+    count: int,
+    steps: int,
+    report: Report,
+    *,
+    sets: int = 1,
+    samples: int | None = None,
+    judge_of: str | None = None,
 ) -> dict[str, Any]:
     """Measure `model` on held-out scenes at T = `steps`; writes pictures and report.json and returns what it holds.
 
     count: scenes per measurement and set; sets: how often everything is measured again on other scenes with other noise;
+    samples: drawn of each world and guidance in a set, by default `SAMPLES` for every scene;
     judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
     Raises ModelError where the folder holds no judge: then it is no tabletop model.
     """
@@ -50,7 +60,9 @@ def evaluate(
     pipe = EditPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     content: dict[str, Any] = {"model": model, "scenes": count, "steps": steps, "versions": versions(), "size": _size(pipe)}
-    content["sets"] = [_measure(pipe, judge, number, count, steps, folder, report) for number in range(sets)]
+    content["one edit"] = _one_edit(pipe, steps)
+    drawn = SAMPLES * count if samples is None else samples
+    content["sets"] = [_measure(pipe, judge, number, count, drawn, steps, folder, report) for number in range(sets)]
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     return content
 
@@ -63,14 +75,14 @@ def _judge_of(model: str) -> judging.Judge:
 
 
 def _measure(
-    pipe: EditPipeline, judge: judging.Judge, number: int, count: int, steps: int, folder: Path, report: Report
+    pipe: EditPipeline, judge: judging.Judge, number: int, count: int, drawn: int, steps: int, folder: Path, report: Report
 ) -> dict[str, Any]:
     """Everything once, on the scenes and the noise of one set."""
     first = HELD_OUT + 100_000 * number
     report(f"set {number + 1}: autoencoder")
     content: dict[str, Any] = {"autoencoder": _autoencoder(pipe, judge, first, SAMPLES * count)}
     report(f"set {number + 1}: samples")
-    content["samples"] = _samples(pipe, judge, number, SAMPLES * count, folder)
+    content["samples"] = _samples(pipe, judge, number, drawn, folder)
     report(f"set {number + 1}: reconstructions")
     content["reconstructions"] = _reconstructions(pipe, first, count, steps)
     content["edits"] = []
@@ -88,6 +100,17 @@ def _size(pipe: EditPipeline) -> dict[str, Any]:
     parts = (pipe.backbone.pipe.vae, pipe.backbone.pipe.unet, pipe.backbone.pipe.text_encoder)
     parameters = sum(p.numel() for part in parts for p in part.parameters())
     return {"parameters": parameters, "float16_megabytes": 2 * parameters / 1e6, "pixels": pipe.backbone.native_size[0]}
+
+
+def _one_edit(pipe: EditPipeline, steps: int) -> dict[str, Any]:
+    """What a whole edit costs, from one picture to the other: a change of shape by MasaCtrl after EasyInv."""
+    case = make_cases(TASKS[0], [random_scene(HELD_OUT + i) for i in range(20)], 1)[0]
+    picture = to_pil(render([case.source], pipe.backbone.native_size[0])[0] * 2 - 1)[0]
+    began = time.perf_counter()
+    result = pipe(picture, case.prompt, case.source_prompt, num_inference_steps=steps, guidance_scale=3.0)
+    seconds = time.perf_counter() - began
+    evaluations = sum(cost.evaluations for cost in result.cost.values())
+    return {"seconds": seconds, "evaluations": evaluations, "threads": torch.get_num_threads()}
 
 
 @torch.no_grad()

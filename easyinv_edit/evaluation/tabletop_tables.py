@@ -11,10 +11,11 @@ from easyinv_edit.evaluation.markdown import table
 
 def text(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
-    size = report["size"]
+    size, edit = report["size"], report["one edit"]
     head = (
         f"{size['parameters'] / 1e6:.1f} M parameters, {size['float16_megabytes']:.1f} MB in float16, {size['pixels']} pixels; "
-        f"{len(report['sets'])} x {report['scenes']} scenes, T = {report['steps']}"
+        f"{len(report['sets'])} x {report['scenes']} scenes, T = {report['steps']}; one edit {edit['seconds']:.1f} s, "
+        f"{edit['evaluations']} evaluations, {edit['threads']} threads"
     )
     sets = report["sets"]
     return "\n\n".join([head, _autoencoder(sets), _samples(sets), _reconstructions(sets), _edits(sets)])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import BASELINE, METHODS, TASKS
@@ -29,7 +30,7 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     model = shutil.copytree(untrained_folder, tmp_path / "model")
     torch.manual_seed(0)
     judge.save(judge.Judge(), model / "judge.safetensors")
-    report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2)
+    report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2, samples=3)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert len(report["sets"]) == 2
     for given in report["sets"]:
@@ -42,9 +43,12 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     for name in ("set-1", "set-2"):
         drawn = {path.stem for path in (tmp_path / "report" / name).glob("*.png")}
         assert drawn == {*samples, *(f"edit-{task.name}" for task in TASKS)}
+        assert all(Image.open(tmp_path / "report" / name / f"{each}.png").size == (3 * 64, 64) for each in samples)
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
     assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(given["edits"])
     assert all("±" in row for row in rows if "fixed_point" in row)
+    assert report["one edit"]["evaluations"] == 8 + 2 * 8 + 2 * 7, "EasyInv; the target's rows; from step 2 the source's"
+    assert "; one edit " in text(report)
 
 
 def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_features() -> None:
