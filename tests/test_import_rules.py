@@ -32,6 +32,7 @@ SHARED_BY_METHODS = tuple(
 LOGGERS = ("diffusers.utils", "transformers.utils")
 RECIPE_FILES = (
     "easyinv_edit/recipe.py",
+    "easyinv_edit/merging.py",
     "easyinv_edit/places.py",
     "easyinv_edit/models.py",
     "easyinv_edit/tabletop/training.py",

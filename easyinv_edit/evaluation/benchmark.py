@@ -17,7 +17,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from easyinv_edit import recipe
+from easyinv_edit import merging, recipe
 from easyinv_edit.choices import nearest
 from easyinv_edit.errors import RecipeError
 from easyinv_edit.evaluation import columns
@@ -138,7 +138,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[B
         problem = (
             f"{path}: cannot be read ({reason}); give a YAML file, or one of {known}{nearest(str(path), known.split(', '))}"
         )
-        raise RecipeError([recipe.one_line(problem)]) from error
+        raise RecipeError([merging.one_line(problem)]) from error
     return parse(text, str(path), overrides), text
 
 
@@ -155,14 +155,14 @@ def parse(text: str, name: str = "benchmark", overrides: Sequence[str] = ()) -> 
     overrides: `key=value` or `group.key=value`, read as YAML. Raises RecipeError with every problem, in the file's order.
     """
     places, found = places_of(text, name)
-    recipe.refuse_all(found)
-    content, found = recipe.merged_content(text, name, places, overrides)
-    recipe.refuse_all(found)
+    merging.refuse_all(found)
+    content, found = merging.merged_content(text, name, places, overrides, recipe.REGISTRIES)
+    merging.refuse_all(found)
     from easyinv_edit.evaluation.benchmark_checks import checked  # late: the checks know the classes above
 
     made, problems = checked(content)
-    problems.sort(key=lambda item: recipe.place_of(item[0], places))
-    recipe.refuse_all([recipe.problem_at(name, places, overrides, key, problem) for key, problem in problems])
+    problems.sort(key=lambda item: merging.place_of(item[0], places))
+    merging.refuse_all([merging.problem_at(name, places, overrides, key, problem) for key, problem in problems])
     assert made is not None
     return made
 
@@ -172,7 +172,7 @@ def from_mapping(content: Mapping[str, Any]) -> Benchmark:
     from easyinv_edit.evaluation.benchmark_checks import checked
 
     made, problems = checked(content)
-    recipe.refuse_all([f"{'.'.join(key)}: {problem}" for key, problem in problems])
+    merging.refuse_all([f"{'.'.join(key)}: {problem}" for key, problem in problems])
     assert made is not None
     return made
 

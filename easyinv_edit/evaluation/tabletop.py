@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from easyinv_edit.errors import ModelError
-from easyinv_edit.evaluation.ground_truth import TASKS, make_cases, run_task
+from easyinv_edit.evaluation.ground_truth import TASKS, make_cases
 from easyinv_edit.evaluation.kernel_distance import kernel_distance
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.evaluation.reconstruction import reconstruct
+from easyinv_edit.evaluation.truth_edits import run_task
 from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
 from easyinv_edit.result import versions, write_text

@@ -19,18 +19,16 @@ from torch import Tensor
 from easyinv_edit.evaluation.ground_truth import (
     ALL_TASKS,
     APART,
-    METHODS,
     MOVE,
     TASKS,
     UNSAYABLE,
     Case,
-    Outcome,
     Task,
     make_case,
     make_cases,
-    run_task,
 )
 from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.evaluation.truth_edits import METHODS, Outcome, run_task
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.judge import Judge
 from easyinv_edit.tabletop.render import render

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from easyinv_edit.errors import ModelError
-from easyinv_edit.evaluation.ground_truth import BASELINE, METHODS, TASKS
+from easyinv_edit.evaluation.ground_truth import TASKS
 from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, _distance, evaluate
 from easyinv_edit.evaluation.tabletop_tables import text
+from easyinv_edit.evaluation.truth_edits import BASELINE, METHODS
 from easyinv_edit.tabletop import judge
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from easyinv_edit.evaluation.ground_truth import TASKS, Outcome, make_cases, run_task
+from easyinv_edit.evaluation.ground_truth import TASKS, make_cases
 from easyinv_edit.evaluation.reconstruction import Reconstruction, reconstruct
+from easyinv_edit.evaluation.truth_edits import Outcome, run_task
 from easyinv_edit.images import to_pil
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
 from easyinv_edit.tabletop import judge
