@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from attention_control import CONTROLLERS
 from easyinv_edit.inversion import INVERSIONS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
 @pytest.mark.parametrize(("name", "method"), [*INVERSIONS.items(), *CONTROLLERS.items()])
@@ -18,7 +21,8 @@ def test_every_method_has_its_row_with_its_paper(name: str, method: type) -> Non
     assert sum(f"| {method.paper} |" in row for row in rows) == 1  # type: ignore[attr-defined]
 
 
-def test_pictures_exist() -> None:
-    shown = [part.split(")")[0] for part in README.split("](") if part.split(")")[0].endswith(".png")]
-    assert shown
-    assert all((Path(__file__).parents[1] / path).is_file() for path in shown)
+@pytest.mark.parametrize("page", ["README.md", "configs/benchmarks/README.md"])
+def test_what_a_page_links_to_exists(page: str) -> None:
+    linked = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert any(path.endswith(".png") for path in linked)
+    assert [path for path in linked if not (ROOT / page).parent.joinpath(path).exists()] == []
