@@ -21,6 +21,7 @@ from easyinv_edit.evaluation.truth_edits import run_task
 from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
 from easyinv_edit.result import versions, write_text
+from easyinv_edit.running import rendered
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.render import render
@@ -106,7 +107,7 @@ def _size(pipe: EditPipeline) -> dict[str, Any]:
 def _one_edit(pipe: EditPipeline, steps: int) -> dict[str, Any]:
     """What a whole edit costs, from one picture to the other: a change of shape by MasaCtrl after EasyInv."""
     case = make_cases(TASKS[0], [random_scene(HELD_OUT + i) for i in range(20)], 1)[0]
-    picture = to_pil(render([case.source], pipe.backbone.native_size[0])[0] * 2 - 1)[0]
+    picture = rendered(case.source, pipe.backbone.native_size)
     began = time.perf_counter()
     result = pipe(picture, case.prompt, case.source_prompt, num_inference_steps=steps, guidance_scale=3.0)
     seconds = time.perf_counter() - began

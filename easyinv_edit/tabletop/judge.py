@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from easyinv_edit.errors import ModelError
 from easyinv_edit.tabletop.fitting import Fit, fit
 from easyinv_edit.tabletop.scene import PLACES, WORDS, Scene, Solid
 
@@ -135,8 +137,11 @@ def save(judge: Judge, path: Path) -> None:
 
 
 def load(path: Path) -> Judge:
-    """Read a judge of the attributes that it was trained for, in float32 and evaluation mode."""
-    weights = {key: value.float() for key, value in load_file(path).items()}
-    judge = Judge([field for field in READ if f"heads.{field}.weight" in weights])
-    judge.load_state_dict(weights)
+    """Read a judge of the attributes that it was trained for, in float32 and evaluation mode. Raises ModelError."""
+    try:
+        weights = {key: value.float() for key, value in load_file(path).items()}
+        judge = Judge([field for field in READ if f"heads.{field}.weight" in weights])
+        judge.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path}: holds no judge, or is damaged; give a folder that `tabletop train` made") from error
     return judge.eval()

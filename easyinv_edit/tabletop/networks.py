@@ -76,7 +76,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """AutoencoderKL for 128-pixel pictures: 16 x 16 x 4 latents, 3.9 M parameters; whitened later, so scaling_factor is 1."""
+    """AutoencoderKL for 128-pixel pictures: 16 x 16 x 4 latents, 3.4 M parameters; whitened later, so scaling_factor is 1."""
     model = AutoencoderKL(
         block_out_channels=(32, 64, 96, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,

@@ -124,13 +124,45 @@ def test_an_autoencoder_below_its_gate_stops_the_training(tmp_path: Path) -> Non
     assert not (tmp_path / "model").exists()
 
 
+def test_a_machine_that_cannot_compile_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_arguments: Any) -> None:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
+    recipe = replace(training.read_training_recipe(CONFIGS / "smoke.yaml"), compile=True)
+    with pytest.raises(EasyInvError, match=r"\(No working C\+\+ compiler found\); install .*, or leave compile out"):
+        training.train(recipe, tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["training.json", "judge.safetensors"])
+def test_a_damaged_file_of_a_start_is_named(
+    command: Command, tmp_path: Path, untrained_folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(networks, "PICTURE_SIZE", 64)
+    model = shutil.copytree(untrained_folder, tmp_path / "model")
+    judge.save(judge.Judge(), model / "judge.safetensors")
+    (model / "training.json").write_text("{}")
+    (model / file).write_text("{")
+    code, _, told = command("tabletop", "train", "smoke", "-o", str(tmp_path / "run"), "--start", str(model))
+    assert code == 2
+    assert f"{model / file}: " in told
+    assert "damaged" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_compiled_unet_is_trained_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile does its tracing only, which needs no C++ compiler."""
-    trace, compiled = torch.compile, []
+    trace, rows = torch.compile, []
 
     def compile_eagerly(unet: UNet2DConditionModel) -> Callable[..., Any]:
-        compiled.append(unet)
-        return trace(unet, backend="eager")
+        traced = trace(unet, backend="eager")
+
+        def run(noisy: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            rows.append(len(noisy))
+            return traced(noisy, *arguments, **options)
+
+        return run
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     scenes, tokenizer = [random_table(seed) for seed in range(16)], networks.build_tokenizer()
@@ -144,6 +176,6 @@ def test_a_compiled_unet_is_trained_as_any_other(tmp_path: Path, monkeypatch: py
         folder.mkdir()
         denoising.train(unet, text, tokenizer, latents, scenes, settings, folder, compiled=flag)
         trained.append(unet.state_dict())
-    assert len(compiled) == 1
+    assert rows == [8, 8], "two steps of the second training"
     plain, traced = trained
     assert all(torch.allclose(plain[key], traced[key], atol=1e-4) for key in plain)
