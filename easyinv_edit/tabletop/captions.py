@@ -13,14 +13,14 @@ from collections.abc import Collection
 from easyinv_edit.tabletop.scene import PLACES, WORDS, Scene, Solid
 
 NAMED_SHARE: dict[str, float] = {
-    "size": 0.65,
-    "pose": 0.60,
-    "colour": 0.75,
-    "second": 0.50,
-    "texture": 0.60,
-    "shape": 0.92,
-    "background": 0.70,
-    "place": 0.75,
+    "size": 0.80,
+    "pose": 0.75,
+    "colour": 0.80,
+    "second": 0.65,
+    "texture": 0.75,
+    "shape": 0.95,
+    "background": 0.80,
+    "place": 0.85,
 }
 """How often a training caption names each attribute."""
 EMPTY_SHARE = 0.10

@@ -1,8 +1,8 @@
 """Fit one network: the resumable training loop all tabletop networks share.
 
-AdamW with warm-up, a constant phase and a cosine tail; gradient clipping; an exponential moving average of the weights,
-which is what `fit` leaves in the model. Every random choice of step n comes from a generator seeded with (seed, n), so a
-run that was interrupted and resumed ends bit for bit where an uninterrupted one would.
+AdamW, or Muon beside it, with warm-up, a constant phase and a cosine tail; gradient clipping; an exponential moving average
+of the weights, which is what `fit` leaves in the model. Every random choice of step n comes from a generator seeded with
+(seed, n), so a run that was interrupted and resumed ends bit for bit where an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
+from easyinv_edit.tabletop.muon import Muon
+
 CHECKPOINT_SECONDS = 120.0
 LOG_STEPS = 100
+WEIGHT_DECAY = 1e-2
+LEAST_OUTPUTS = 16
+"""A matrix of fewer outputs, such as a picture's three channels, is left to AdamW."""
 
 Loss = Callable[[torch.Generator, float], tuple[Tensor, dict[str, float]]]
 """(generator of this step, progress in [0, 1]) -> (scalar loss, figures to log)."""
@@ -33,13 +38,15 @@ class Fit:
 
     samples: pictures seen in all; minutes: stop sooner on a slow machine, with the same schedule squeezed into that time
     (None: never; with a limit the result depends on the machine's speed); batch: pictures a step; rate: peak learning
-    rate; warmup: steps; constant_until: progress at which the cosine tail begins; ema: upper bound of the averaging decay.
+    rate of AdamW; matrix_rate: of Muon, which then trains the matrices of linear layers and convolutions (None: AdamW trains
+    them too); warmup: steps; constant_until: progress at which the cosine tail begins; ema: upper bound of the averaging decay.
     """
 
     samples: PositiveInt
     minutes: PositiveFloat | None = None
     batch: PositiveInt = 32
     rate: PositiveFloat = 1e-3
+    matrix_rate: PositiveFloat | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: PositiveInt = 300
     constant_until: Annotated[float, Field(ge=0, lt=1)] = 0.4
@@ -52,11 +59,11 @@ class Fit:
         timed = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
         return min(1.0, max(samples / self.samples, timed))
 
-    def rate_at(self, step: int, progress: float) -> float:
-        """Learning rate of a step: linear warm-up, constant, cosine down to 2 % of the peak."""
+    def pace(self, step: int, progress: float) -> float:
+        """Share of the peak learning rate at a step: linear warm-up, constant, cosine down to 2 %."""
         tail = max(0.0, (progress - self.constant_until) / (1 - self.constant_until))
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * tail))
-        return self.rate * cosine * min(1.0, (step + 1) / self.warmup)
+        return cosine * min(1.0, (step + 1) / self.warmup)
 
 
 @dataclass
@@ -64,7 +71,7 @@ class _Run:
     """A fit under way: everything a checkpoint holds."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     average: dict[str, Tensor]
     path: Path
     step: int = 0
@@ -101,31 +108,49 @@ def fit(
 
 
 def _start(model: nn.Module, settings: Fit, path: Path) -> _Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=settings.betas, weight_decay=1e-2, fused=True)
+    optimizers = _optimizers(model, settings)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    run = _Run(model, optimizer, average, path)
+    run = _Run(model, optimizers, average, path)
     if path.exists():
         content = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         for key, value in content["average"].items():
             average[key].copy_(value)
         run.step, run.samples, run.seconds = (content["position"][key] for key in ("step", "samples", "seconds"))
     return run
 
 
+def _optimizers(model: nn.Module, settings: Fit) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or for what Muon is not for."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] >= LEAST_OUTPUTS]
+    matrices = [layer.weight for layer in layers] if settings.matrix_rate else []
+    apart = {id(weight) for weight in matrices}
+    others = [p for p in model.parameters() if id(p) not in apart]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=settings.rate, betas=settings.betas, weight_decay=WEIGHT_DECAY, fused=True)
+    ]
+    if settings.matrix_rate and matrices:
+        optimizers.append(Muon(matrices, lr=settings.matrix_rate, weight_decay=WEIGHT_DECAY))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
 def _step(name: str, run: _Run, loss: Loss, settings: Fit, progress: float) -> None:
     generator = torch.Generator().manual_seed(settings.seed * 10_000_019 + run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = settings.rate_at(run.step, progress)
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = group["initial_lr"] * settings.pace(run.step, progress)
     with torch.autocast(next(run.model.parameters()).device.type, dtype=torch.bfloat16):
         value, figures = loss(generator, progress)
     if not torch.isfinite(value):
         raise FloatingPointError(f"{name}: loss is {value.item()} at step {run.step}; lower the learning rate")
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     value.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
-    run.optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.step()
     _average(run.average, run.model, min(settings.ema, (1 + run.step) / (20 + run.step)))
     run.step += 1
     run.samples += settings.batch
@@ -153,7 +178,7 @@ def _log(folder: Path, name: str, run: _Run, progress: float) -> None:
 
 def _save(run: _Run, on_save: Callable[[int], None] | None) -> None:
     partial = run.path.with_suffix(".partial")
-    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    content = {"model": run.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
     torch.save({**content, "average": run.average, "position": run.position()}, partial)
     partial.replace(run.path)
     if on_save is not None:

@@ -1,4 +1,4 @@
-"""Render tabletop scenes: batched sphere tracing in torch, float32, deterministic.
+"""Render tabletop scenes: sphere tracing in torch, float32, deterministic.
 
 Orthographic camera looking slightly down, ground line at y = -0.62, soft elliptical contact shadow, Lambert shading with
 a small highlight. The picture plane is [-1, 1]^2, y up; lengths below are in half picture sides unless "unit" is said,
@@ -7,21 +7,20 @@ which means the solid before `SIZES` scales it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from easyinv_edit.tabletop.geometry import SOLIDS, support
-from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, SECOND_COLOURS, SHAPES, SIZES, TEXTURES, Scene, Solid
+from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, SECOND_COLOURS, SIZES, Scene, Solid
 
 GROUND = -0.62
 MARCH_STEPS = 40
 HIT = 2e-3
 SEEN = 0.08
 """Least difference of a colour channel from the bare ground that counts as a solid."""
-CHUNK = 8
-"""Scenes traced at once: few enough that their rays stay in a processor's cache."""
 
 
 def _texture(kind: str, p: Tensor) -> Tensor:
@@ -33,20 +32,6 @@ def _texture(kind: str, p: Tensor) -> Tensor:
     if kind == "checked":
         return torch.remainder(torch.floor(p / 0.80).sum(-1), 2) == 1
     return torch.zeros(p.shape[:-1], dtype=torch.bool, device=p.device)
-
-
-def _select(words: Sequence[str], of: Sequence[str], compute: Callable[[str, Tensor], Tensor], p: Tensor) -> Tensor:
-    """Apply `compute(word, p[i])` to each scene's points according to its word; (scenes, rays, 3) -> (scenes, rays)."""
-    result: Tensor | None = None
-    for word in of:
-        rows = [i for i, w in enumerate(words) if w == word]
-        if rows:
-            value = compute(word, p[rows])
-            if result is None:
-                result = value.new_zeros(p.shape[:-1])
-            result[rows] = value
-    assert result is not None
-    return result
 
 
 def render(scenes: Sequence[Scene], size: int = 128, supersample: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -62,7 +47,7 @@ def render(scenes: Sequence[Scene], size: int = 128, supersample: int = 2, devic
 
 def render_apart(scenes: Sequence[Scene], size: int, supersample: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """As `render`, but the coverage (B, 2, size, size) is each solid's own: the second is empty where there is one only."""
-    parts = [_render_chunk(scenes[i : i + CHUNK], size, supersample, device) for i in range(0, len(scenes), CHUNK)]
+    parts = [_render_one(scene, size * supersample, supersample, device) for scene in scenes]
     pictures, masks = zip(*parts, strict=True)
     return torch.cat(pictures), torch.cat(masks)
 
@@ -75,109 +60,103 @@ def silhouettes(pictures: Tensor, scenes: Sequence[Scene]) -> Tensor:
     the coverage that `render` gives of what should stand there is above a half.
     """
     size, pool = pictures.shape[-1], torch.nn.functional.max_pool2d
-    ground = _ground(scenes, _rays(size, "cpu")).reshape(len(scenes), size, size, 3).permute(0, 3, 1, 2)
+    flat = _rays(size, "cpu")
+    ground = torch.stack([_ground(scene, flat) for scene in scenes]).permute(0, 3, 1, 2)
     difference = (pictures - ground).abs().amax(1)
     inside = -pool(-difference, 3, 1, 1) > SEEN
     nearer = difference > pool(difference, 3, 1, 1) / 2
     return (difference > SEEN) & (inside | nearer)
 
 
-def _render_chunk(scenes: Sequence[Scene], size: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:
-    side = size * supersample
+def _render_one(scene: Scene, side: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:
     flat = _rays(side, device)
-    picture = _ground(scenes, flat)
-    hits = torch.zeros(2, len(scenes), side * side, dtype=torch.bool, device=device)
-    for place in range(2):
-        rows, colour, hit = _trace(scenes, place, flat)
-        hits[place, rows] = hit & ~hits.any(0)[rows]
-        picture[rows] = torch.where(hits[place, rows][..., None], colour, picture[rows])
+    picture = _ground(scene, flat)
+    hits = torch.zeros(2, side, side, dtype=torch.bool, device=device)
+    for place, solid in enumerate(scene.solids):
+        box = _box(solid, side)
+        colour, hit = _trace(solid, scene.light, flat[box])
+        hit &= ~hits.any(0)[box]
+        hits[place][box] = hit
+        picture[box] = torch.where(hit[..., None], colour, picture[box])
     pool = torch.nn.functional.avg_pool2d
-    picture = picture.reshape(len(scenes), side, side, 3).permute(0, 3, 1, 2).contiguous()
-    covered = hits.float().reshape(2, len(scenes), side, side).transpose(0, 1)
-    return pool(picture, supersample).clamp(0, 1).cpu(), pool(covered, supersample).cpu()
+    picture = picture.permute(2, 0, 1)[None].contiguous()
+    return pool(picture, supersample).clamp(0, 1).cpu(), pool(hits[None].float(), supersample).cpu()
 
 
 def _rays(side: int, device: str) -> Tensor:
-    """Where the parallel rays of a picture start in camera coordinates: (1, side * side, 3)."""
+    """Where the parallel rays of a picture start in camera coordinates: (side, side, 3)."""
     axis = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(-axis, axis, indexing="ij")
-    return torch.stack([x, y, torch.full_like(x, 2.0)], -1).reshape(1, -1, 3)
+    return torch.stack([x, y, torch.full_like(x, 2.0)], -1)
 
 
-def _ground(scenes: Sequence[Scene], flat: Tensor) -> Tensor:
-    """The grounds with the solids' shadows on them: (scenes, rays, 3)."""
-    picture = torch.tensor([BACKGROUNDS[s.background] for s in scenes], device=flat.device)[:, None]
-    picture = picture.repeat(1, flat.shape[1], 1)
-    for place in range(2):
-        rows, solids = _standing(scenes, place)
-        if rows:
-            picture[rows] *= 1 - _shadow(solids, flat)[..., None]
-    return picture
+def _ground(scene: Scene, flat: Tensor) -> Tensor:
+    """The ground with the solids' shadows on it: (side, side, 3)."""
+    light = torch.ones(flat.shape[:-1], device=flat.device)
+    for solid in scene.solids:
+        light = light * (1 - _shadow(solid, flat))
+    return torch.tensor(BACKGROUNDS[scene.background], device=flat.device) * light[..., None]
 
 
-def _standing(scenes: Sequence[Scene], place: int) -> tuple[list[int], list[Solid]]:
-    """The first or the second solids, and the rows of the scenes that have one."""
-    rows = [i for i, scene in enumerate(scenes) if place < len(scene.solids)]
-    return rows, [scenes[i].solids[place] for i in rows]
+def _centre(solid: Solid) -> tuple[float, float]:
+    """Where the middle of the body is in the picture plane: its lowest point stands on the ground line."""
+    return solid.offset, GROUND + SIZES[solid.size] * support(solid.shape, -solid.rotation[1])
 
 
-def _trace(scenes: Sequence[Scene], place: int, flat: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """The first or the second solids: rows of the scenes that have one, colours (n, rays, 3) and hits (n, rays).
+def _box(solid: Solid, side: int) -> tuple[slice, slice]:
+    """Rows and columns of the rays that can meet the solid."""
+    scale, (x, y) = SIZES[solid.size], _centre(solid)
+    across, up = solid.rotation[:2]
+    left, right = (x + sign * scale * support(solid.shape, sign * across) for sign in (-1, 1))
+    low, high = (y + sign * scale * support(solid.shape, sign * up) for sign in (-1, 1))
+    first_row, last_row, first_column, last_column = ((edge + 1) / 2 * side for edge in (-high, -low, left, right))
+    return _pixels(first_row, last_row, side), _pixels(first_column, last_column, side)
 
-    flat: (1, rays, 3), where the parallel rays start in camera coordinates.
-    """
-    rows, solids = _standing(scenes, place)
-    if not rows:
-        return rows, flat.new_zeros(0, flat.shape[1], 3), flat.new_zeros(0, flat.shape[1], dtype=torch.bool)
-    rotation = torch.stack([s.rotation for s in solids]).to(flat.device)  # (n, 3, 3)
-    scale = torch.tensor([SIZES[s.size] for s in solids], device=flat.device)
-    reach = torch.tensor([support(s.shape, -s.rotation[1]) for s in solids], device=flat.device) * scale
-    x = torch.tensor([s.offset for s in solids], device=flat.device)
-    centre = torch.stack([x, GROUND + reach, torch.zeros_like(x)], -1)[:, None]
+
+def _pixels(first: float, last: float, side: int) -> slice:
+    """With one more on both sides, for the rays that `HIT` counts though they only graze."""
+    return slice(max(0, math.floor(first) - 1), max(0, min(side, math.ceil(last) + 1)))
+
+
+def _trace(solid: Solid, light: float, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours (h, w, 3) and hits (h, w) of the rays that start at `flat` (h, w, 3) in camera coordinates."""
+    rotation = solid.rotation.to(flat.device)
+    centre = torch.tensor([*_centre(solid), 0.0], device=flat.device)
     # Camera rays, parallel to z, in unit-solid coordinates: camera -> object is the transposed rotation.
-    start = ((flat - centre) / scale[:, None, None]) @ rotation
-    points, hit = _march(solids, start, -rotation[:, 2][:, None])
-    light = torch.tensor([[scenes[i].light, 0.85, 0.75] for i in rows], device=flat.device)
-    return rows, _shade(solids, points, _normals(solids, points), rotation, light), hit
-
-
-def _distance(solids: Sequence[Solid], p: Tensor) -> Tensor:
-    return _select([s.shape for s in solids], SHAPES, lambda word, q: SOLIDS[word](q), p)
-
-
-def _march(solids: Sequence[Solid], start: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    start, direction = ((flat - centre) / SIZES[solid.size]) @ rotation, -rotation[2]
+    distance = SOLIDS[solid.shape]
     depth = torch.zeros(start.shape[:-1], device=start.device)
     for _ in range(MARCH_STEPS):
-        depth = depth + _distance(solids, start + depth[..., None] * direction)
+        depth = depth + distance(start + depth[..., None] * direction)
     points = start + depth[..., None] * direction
-    return points, _distance(solids, points) < HIT
+    hit = distance(points) < HIT
+    colour = torch.zeros_like(points)
+    colour[hit] = _shade(solid, points[hit], rotation, light)
+    return colour, hit
 
 
-def _normals(solids: Sequence[Solid], points: Tensor) -> Tensor:
+def _normals(shape: str, points: Tensor) -> Tensor:
     """Outward unit normals by central differences, unit-solid coordinates."""
     step = 1e-3
-    offsets = torch.eye(3, device=points.device) * step
-    gradient = [_distance(solids, points + o) - _distance(solids, points - o) for o in offsets]
+    offsets, distance = torch.eye(3, device=points.device) * step, SOLIDS[shape]
+    gradient = [distance(points + o) - distance(points - o) for o in offsets]
     return torch.nn.functional.normalize(torch.stack(gradient, -1), dim=-1)
 
 
-def _shade(solids: Sequence[Solid], points: Tensor, normal: Tensor, rotation: Tensor, light: Tensor) -> Tensor:
-    device = points.device
-    first = torch.tensor([COLOURS[s.colour] for s in solids], device=device)[:, None]
-    second = torch.tensor([SECOND_COLOURS[s.second] for s in solids], device=device)[:, None]
-    other = _select([s.texture for s in solids], TEXTURES, _texture, points).bool()
-    albedo = torch.where(other[..., None], second, first)
-    light = torch.nn.functional.normalize(light, dim=-1)
-    facing = normal @ rotation.transpose(1, 2)  # to camera coordinates
-    lambert = (facing * light[:, None]).sum(-1).clamp(min=0)
-    half = torch.nn.functional.normalize(light + torch.tensor([0.0, 0.0, 1.0], device=device), dim=-1)
-    gloss = (facing * half[:, None]).sum(-1).clamp(min=0) ** 24
-    return albedo * (0.46 + 0.58 * lambert[..., None]) + 0.16 * gloss[..., None]
+def _shade(solid: Solid, points: Tensor, rotation: Tensor, light: float) -> Tensor:
+    """The colours (n, 3) of a solid's points (n, 3)."""
+    first = torch.tensor(COLOURS[solid.colour], device=points.device)
+    second = torch.tensor(SECOND_COLOURS[solid.second], device=points.device)
+    albedo = torch.where(_texture(solid.texture, points)[:, None], second, first)
+    towards = torch.nn.functional.normalize(torch.tensor([light, 0.85, 0.75], device=points.device), dim=0)
+    facing = _normals(solid.shape, points) @ rotation.T  # to camera coordinates
+    half = torch.nn.functional.normalize(towards + torch.tensor([0.0, 0.0, 1.0], device=points.device), dim=0)
+    lambert, gloss = (facing @ towards).clamp(min=0), (facing @ half).clamp(min=0) ** 24
+    return albedo * (0.46 + 0.58 * lambert[:, None]) + 0.16 * gloss[:, None]
 
 
-def _shadow(solids: Sequence[Solid], flat: Tensor) -> Tensor:
-    """Share of the ground's light that each solid takes: (n, rays)."""
-    scale = torch.tensor([SIZES[s.size] for s in solids], device=flat.device)[:, None]
-    x = torch.tensor([s.offset for s in solids], device=flat.device)[:, None]
-    across, along = (flat[..., 0] - x) / (0.95 * scale), (flat[..., 1] - (GROUND + 0.04)) / (0.30 * scale)
+def _shadow(solid: Solid, flat: Tensor) -> Tensor:
+    """Share of the ground's light that the solid takes: (side, side)."""
+    scale = SIZES[solid.size]
+    across, along = (flat[..., 0] - solid.offset) / (0.95 * scale), (flat[..., 1] - (GROUND + 0.04)) / (0.30 * scale)
     return 0.55 * torch.exp(-1.6 * (across**2 + along**2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,17 @@ from easyinv_edit.tabletop.fitting import Fit, Loss, fit
 SHORT = Fit(samples=60, batch=4, rate=1e-2, warmup=3, seed=5)
 
 
+OUTPUTS = fitting.LEAST_OUTPUTS
+"""A layer that Muon trains, where it is asked for."""
+
+
 class Interrupted(Exception):
     """Stands for a killed process; KeyboardInterrupt would end pytest itself."""
 
 
-def line() -> nn.Linear:
+def line(outputs: int = 1) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(4, 1)
+    return nn.Linear(4, outputs)
 
 
 def loss_of(model: nn.Module, fail_at: int | None = None) -> Loss:
@@ -40,11 +45,24 @@ def loss_of(model: nn.Module, fail_at: int | None = None) -> Loss:
 
 
 def test_the_rate_warms_up_holds_and_falls_to_two_percent() -> None:
-    settings = Fit(samples=100, rate=1.0, warmup=10, constant_until=0.4)
-    assert settings.rate_at(0, 0.0) == pytest.approx(0.1)
-    assert settings.rate_at(50, 0.2) == settings.rate_at(50, 0.4) == pytest.approx(1.0)
-    assert settings.rate_at(50, 0.7) == pytest.approx(0.51)
-    assert settings.rate_at(50, 1.0) == pytest.approx(0.02)
+    settings = Fit(samples=100, warmup=10, constant_until=0.4)
+    assert settings.pace(0, 0.0) == pytest.approx(0.1)
+    assert settings.pace(50, 0.2) == settings.pace(50, 0.4) == pytest.approx(1.0)
+    assert settings.pace(50, 0.7) == pytest.approx(0.51)
+    assert settings.pace(50, 1.0) == pytest.approx(0.02)
+
+
+def test_muon_trains_the_matrices_and_adamw_the_rest_each_at_its_own_rate(tmp_path: Path) -> None:
+    """One step of a warm-up of one: AdamW moves what it trains by about its rate, Muon by `RMS` of its own."""
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, OUTPUTS), nn.Linear(OUTPUTS, 1))
+    start = [p.detach().clone() for p in model.parameters()]
+    settings = Fit(samples=4, batch=4, rate=1e-3, matrix_rate=1.0, warmup=1, ema=0.0)
+    fit("net", model, lambda g, p: (model(torch.arange(4)).square().sum(), {}), settings, tmp_path)
+    moved = [(a.detach() - b).square().mean().sqrt().item() for a, b in zip(model.parameters(), start, strict=True)]
+    embedding, matrix, bias, last, last_bias = moved
+    assert matrix > 0.05
+    assert max(embedding, bias, last, last_bias) < 2e-3
+    assert min(embedding, bias, last, last_bias) > 0
 
 
 def test_progress_is_the_budget_that_runs_out_first() -> None:
@@ -54,15 +72,18 @@ def test_progress_is_the_budget_that_runs_out_first() -> None:
     assert settings.progress(10, 600.0) == 1.0
 
 
-def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [SHORT, replace(SHORT, matrix_rate=1e-2)], ids=["AdamW", "Muon"])
+def test_an_interrupted_run_resumes_to_the_very_same_weights(
+    settings: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
-    whole, broken = line(), line()
+    whole, broken = line(OUTPUTS), line(OUTPUTS)
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    fit("net", whole, loss_of(whole), SHORT, tmp_path / "a")
+    fit("net", whole, loss_of(whole), settings, tmp_path / "a")
     with pytest.raises(Interrupted):
-        fit("net", broken, loss_of(broken, fail_at=8), SHORT, tmp_path / "b")
-    resumed = nn.Linear(4, 1)  # other weights than `line`: what it ends with can only come from the checkpoint
-    record = fit("net", resumed, loss_of(resumed, fail_at=9), SHORT, tmp_path / "b")
+        fit("net", broken, loss_of(broken, fail_at=8), settings, tmp_path / "b")
+    resumed = nn.Linear(4, OUTPUTS)  # other weights than `line`: what it ends with can only come from the checkpoint
+    record = fit("net", resumed, loss_of(resumed, fail_at=9), settings, tmp_path / "b")
     assert (record["step"], record["samples"]) == (15, 60)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 

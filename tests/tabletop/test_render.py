@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from easyinv_edit.tabletop.render import CHUNK, GROUND, render, render_apart, silhouettes
-from easyinv_edit.tabletop.scene import BESIDE, SHAPES, SIZES, Scene, Solid, random_scene, random_table, replace
+from easyinv_edit.tabletop import render as rendering
+from easyinv_edit.tabletop.render import GROUND, render, render_apart, silhouettes
+from easyinv_edit.tabletop.scene import BESIDE, POSES, SHAPES, SIZES, Scene, Solid, random_scene, random_table, replace
 
 BALL = Scene(shape="ball", texture="plain", colour="red", yaw=0.0, offset=0.0, light=0.0)
 
@@ -31,12 +32,20 @@ def test_the_same_scene_is_the_same_picture() -> None:
     assert all(torch.equal(a, b) for a, b in zip(render(scenes, 32), render(scenes, 32), strict=True))
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    """More scenes than are traced at once."""
-    scenes = [random_scene(seed) for seed in range(CHUNK + 3)]
-    together = render(scenes, 16)[0]
-    alone = torch.cat([render([scene], 16)[0] for scene in scenes])
-    assert (together - alone).abs().max() < 1e-5
+def test_no_solid_reaches_beyond_the_rays_that_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [*map(random_scene, range(12)), *map(random_table, range(12))]
+    scenes += [replace(BALL, shape=shape, pose=pose, size="large", yaw=0.6) for shape in SHAPES for pose in POSES]
+    pictures, masks = render_apart(scenes, 64)
+    monkeypatch.setattr(rendering, "_box", lambda _solid, _side: (slice(None), slice(None)))
+    whole, whole_masks = render_apart(scenes, 64)
+    assert torch.equal(masks, whole_masks)
+    assert (pictures - whole).abs().max() < 1e-3
+
+
+def test_a_solid_beyond_the_border_is_not_seen() -> None:
+    picture, mask = render([replace(BALL, offset=3.0)], 32)
+    assert mask.max() == 0
+    assert picture.min() > 0.9
 
 
 def test_two_solids_are_drawn_as_each_alone_and_do_not_cover_each_other() -> None:
