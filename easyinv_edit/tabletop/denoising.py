@@ -48,8 +48,8 @@ def train(
 ) -> dict[str, Any]:
     """Train both networks in place on latents (N, 4, 16, 16) of `scenes`; returns the record. See `fit` for the rest.
 
-    compiled: the UNet runs through torch.compile. On two CPU cores that took 3 minutes to begin with, and then the log had 118
-    samples a second instead of 97 to 100.
+    compiled: the UNet runs through torch.compile. On two CPU cores that took 3 to 6 minutes to begin with, and then the log had
+    118 samples a second instead of 97 to 100 (a UNet half as wide at the top as today's).
     """
     device = next(unet.parameters()).device
     predict = torch.compile(unet) if compiled else unet
