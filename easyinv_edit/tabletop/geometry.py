@@ -63,13 +63,17 @@ SOLIDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rotation(shape: str, roll: float, yaw: float) -> Tensor:
-    """(3, 3) object -> camera: turn about the vertical, then look down, then roll in the picture plane."""
+    """(3, 3) object -> camera: turn about the vertical, then look down, then roll in the picture plane.
+
+    Multiplied in float64, so that the float32 result, and with it where a scene's solids stand, is the same on every processor.
+    """
     pitch = PITCH.get(shape, DEFAULT_PITCH)
     (cy, sy), (cp, sp), (cr, sr) = ((math.cos(a), math.sin(a)) for a in (yaw, pitch, roll))
-    turn = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    look = torch.tensor([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    tilt = torch.tensor([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
-    return tilt @ look @ turn
+    turns = [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]
+    looks = [[1, 0, 0], [0, cp, -sp], [0, sp, cp]]
+    tilts = [[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]]
+    tilt, look, turn = (torch.tensor(part, dtype=torch.float64) for part in (tilts, looks, turns))
+    return (tilt @ look @ turn).float()
 
 
 def support(shape: str, direction: Tensor) -> float:
