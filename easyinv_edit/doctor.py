@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from easyinv_edit.errors import first_line
 from easyinv_edit.result import versions
 
 
@@ -35,7 +36,7 @@ def _try(what: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(what, True, check())
     except Exception as error:  # a doctor reports every illness instead of dying of it
-        return Finding(what, False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        return Finding(what, False, first_line(error))
 
 
 def _torchvision() -> str:

@@ -52,3 +52,8 @@ class NonFiniteError(EasyInvError, ArithmeticError):
 
 class EasyInvWarning(UserWarning):
     """Something the user should know although the work goes on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, to stand in one of ours, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

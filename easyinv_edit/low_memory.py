@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyinv_edit.errors import InputError
+from easyinv_edit.errors import InputError, first_line
 
 
 def save_memory(pipe: Any, device: torch.device | None = None) -> list[str]:
@@ -37,7 +37,7 @@ def _offloaded(pipe: Any, device: torch.device) -> list[str]:
     try:
         pipe.enable_model_cpu_offload(device=device)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise InputError(f"low memory: {str(error).splitlines()[0]}") from error
+        raise InputError(f"low memory: {first_line(error)}") from error
     return ["parts wait in host memory for their turn"]
 
 

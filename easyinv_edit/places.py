@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from easyinv_edit.errors import first_line
+
 Places = Mapping[tuple[str, ...], tuple[int, int]]
 """Line and column, from 1, of every key path of a file."""
 
@@ -28,7 +30,7 @@ def places_of(text: str, name: str) -> tuple[Places, list[str]]:
         mark = error.problem_mark or error.context_mark
         return {}, [f"{_mark(name, mark) if mark else name}: not valid YAML: {error.problem}"]
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        return {}, [f"{name}: not valid YAML: {str(error).splitlines()[0]}"]
+        return {}, [f"{name}: not valid YAML: {first_line(error)}"]
     return places, found
 
 

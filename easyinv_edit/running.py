@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from easyinv_edit.backbones import load_lora
-from easyinv_edit.errors import InputError, RecipeError
+from easyinv_edit.errors import InputError, RecipeError, first_line
 from easyinv_edit.feature_storage import FromInversion, chosen_features
 from easyinv_edit.images import MIN_SIDE, load, to_pil
 from easyinv_edit.pipeline import EditPipeline
@@ -35,8 +35,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
+        raise InputError(f"device {device!r} cannot be used here ({first_line(error)}); try 'auto' or 'cpu'") from error
 
 
 def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from easyinv_edit.errors import ModelError
+from easyinv_edit.errors import ModelError, first_line
 from easyinv_edit.model_check import examine_model
 from easyinv_edit.models import download_command, on_disk, preset
 
@@ -52,7 +52,7 @@ def load_lora(pipe: Any, lora: str | os.PathLike[str], scale: float = 1.0) -> No
         pipe.load_lora_weights(os.fspath(on_disk(lora) or lora), adapter_name="recipe", use_safetensors=True)
         pipe.set_adapters("recipe", scale)
     except Exception as error:  # as for models, nearly every type
-        raise ModelError(f"{lora}: cannot be loaded as a LoRA of this model ({_reason(error)})") from error
+        raise ModelError(f"{lora}: cannot be loaded as a LoRA of this model ({first_line(error)})") from error
 
 
 def _with_vocabulary(name: str, pipe: Any) -> Any:
@@ -71,7 +71,7 @@ def _with_vocabulary(name: str, pipe: Any) -> Any:
 def _refusal(name: str, options: Mapping[str, Any], error: Exception) -> str:
     """Why a model could not be loaded, and what to do."""
     unloadable = f"{name}: cannot be loaded as a diffusers model"
-    plain = f"{unloadable} ({_reason(error)}); give a folder or hub name with safetensors weights"
+    plain = f"{unloadable} ({first_line(error)}); give a folder or hub name with safetensors weights"
     if _is_local(name):
         found = [] if options.get("variant") else _folder_problems(name)
         more = f" ({len(found) - 1} more: `easyinv-edit models check {name}`)" if len(found) > 1 else ""
@@ -105,10 +105,6 @@ def _folder_problems(name: str) -> list[str]:
         return [str(error).removeprefix(f"{name}: ")]
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those it came from."""
     while error is not None:
@@ -139,4 +135,4 @@ def _unreachable(options: Mapping[str, Any], error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         switch = next((name for name in OFFLINE_SWITCHES if os.environ.get(name)), OFFLINE_SWITCHES[0])
         return f"the hub is switched off by {switch}"
-    return f"the hub cannot be reached ({_reason(of_network[0])})" if of_network else "the hub cannot be reached"
+    return f"the hub cannot be reached ({first_line(of_network[0])})" if of_network else "the hub cannot be reached"

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from easyinv_edit.choices import nearest
-from easyinv_edit.errors import InputError, ModelError
+from easyinv_edit.errors import InputError, ModelError, first_line
 from easyinv_edit.models import OVERRIDES
 from easyinv_edit.schedule import NoiseSchedule
 
@@ -40,7 +40,7 @@ def ddim_schedule(scheduler: Any, steps: int, overrides: Mapping[str, Any]) -> N
         levels = ddim.config.num_train_timesteps
         labels = _labels(scheduler, ddim, steps, respaced=any(key in overrides for key in SPACING))
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ModelError(f"the scheduler's configuration cannot be used: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the scheduler's configuration cannot be used: {first_line(error)}") from error
     if steps > levels or max(labels) >= levels:  # an offset can run over the end
         raise ModelError(f"num_inference_steps is {steps}; this model was trained with {levels} levels, so use fewer steps")
     return NoiseSchedule.from_alphas(ddim.alphas_cumprod, labels, float(ddim.final_alpha_cumprod), ddim.config.prediction_type)

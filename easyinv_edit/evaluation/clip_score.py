@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from easyinv_edit.errors import EasyInvWarning, InputError
-from easyinv_edit.evaluation.lpips import first_line
+from easyinv_edit.errors import EasyInvWarning, InputError, first_line
 from easyinv_edit.evaluation.metrics import black_outside, check_pictures
 from easyinv_edit.images import to_pil
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from easyinv_edit.errors import InputError
+from easyinv_edit.errors import InputError, first_line
 from easyinv_edit.evaluation.metrics import black_outside, check_pictures
 
 Net: TypeAlias = Literal["vgg", "alex", "squeeze"]
@@ -181,8 +181,3 @@ def _read(path: Path, shapes: Mapping[str, torch.Size], what: str, advice: str) 
     if wrong:
         raise InputError(f"{path}: is not {what} ({wrong[0]} is missing or has another shape); {advice}")
     return {key: tensors[key] for key in shapes}
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

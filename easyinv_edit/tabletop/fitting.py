@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import torch
@@ -20,13 +21,14 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
+from easyinv_edit.errors import EasyInvError, first_line
 from easyinv_edit.tabletop.muon import Muon
 
 CHECKPOINT_SECONDS = 120.0
 LOG_STEPS = 100
 WEIGHT_DECAY = 1e-2
 LEAST_OUTPUTS = 16
-"""A matrix of fewer outputs, such as a picture's three channels, is left to AdamW."""
+"""A matrix of fewer outputs, such as that of a last convolution, is left to AdamW."""
 
 Loss = Callable[[torch.Generator, float], tuple[Tensor, dict[str, float]]]
 """(generator of this step, progress in [0, 1]) -> (scalar loss, figures to log)."""
@@ -38,7 +40,7 @@ class Fit:
 
     samples: pictures seen in all; minutes: stop sooner on a slow machine, with the same schedule squeezed into that time
     (None: never; with a limit the result depends on the machine's speed); batch: pictures a step; rate: peak learning
-    rate of AdamW; matrix_rate: of Muon, which then trains the matrices of linear layers and convolutions (None: AdamW trains
+    rate of AdamW; muon_rate: of Muon, which then trains the matrices of linear layers and convolutions (None: AdamW trains
     them too); warmup: steps; constant_until: progress at which the cosine tail begins; ema: upper bound of the averaging decay.
     """
 
@@ -46,7 +48,7 @@ class Fit:
     minutes: PositiveFloat | None = None
     batch: PositiveInt = 32
     rate: PositiveFloat = 1e-3
-    matrix_rate: PositiveFloat | None = None
+    muon_rate: PositiveFloat | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: PositiveInt = 300
     constant_until: Annotated[float, Field(ge=0, lt=1)] = 0.4
@@ -79,6 +81,11 @@ class _Run:
     seconds: float = 0.0
     sums: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; "initial_lr" is a group's peak rate."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def position(self) -> dict[str, Any]:
         return {"step": self.step, "samples": self.samples, "seconds": self.seconds}
 
@@ -89,7 +96,8 @@ def fit(
     """Train `model` in place and leave the averaged weights in it; returns the training record.
 
     Resumes from `folder/name.checkpoint` where that exists and appends to `folder/log.jsonl`. on_save: called with the step at
-    every checkpoint, the model holding the averaged weights meanwhile. Raises FloatingPointError on a loss that is not finite.
+    every checkpoint, the model holding the averaged weights meanwhile. Raises FloatingPointError on a loss that is not finite,
+    EasyInvError where the checkpoint is damaged or another model's or another optimizer's.
     """
     run = _start(model, settings, folder / f"{name}.checkpoint")
     began = saved = time.monotonic()
@@ -108,39 +116,48 @@ def fit(
 
 
 def _start(model: nn.Module, settings: Fit, path: Path) -> _Run:
-    optimizers = _optimizers(model, settings)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    run = _Run(model, optimizers, average, path)
+    run = _Run(model, _optimizers(model, settings), average, path)
+    for group in run.groups:
+        group["initial_lr"] = group["lr"]
     if path.exists():
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(content["model"])
-        for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        for key, value in content["average"].items():
-            average[key].copy_(value)
-        run.step, run.samples, run.seconds = (content["position"][key] for key in ("step", "samples", "seconds"))
+        try:
+            _resume(run)
+        except (KeyError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise EasyInvError(
+                f"{path}: is damaged or of another recipe or version ({first_line(error)}); "
+                "remove it to begin this stage again, or give another folder"
+            ) from error
     return run
+
+
+def _resume(run: _Run) -> None:
+    content = torch.load(run.path, map_location="cpu", weights_only=True)
+    run.model.load_state_dict(content["model"])
+    for optimizer, state in zip(run.optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    for key, value in content["average"].items():
+        run.average[key].copy_(value)
+    run.step, run.samples, run.seconds = (content["position"][key] for key in ("step", "samples", "seconds"))
 
 
 def _optimizers(model: nn.Module, settings: Fit) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or for what Muon is not for."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] >= LEAST_OUTPUTS]
-    matrices = [layer.weight for layer in layers] if settings.matrix_rate else []
+    matrices = [] if settings.muon_rate is None else [layer.weight for layer in layers]
     apart = {id(weight) for weight in matrices}
     others = [p for p in model.parameters() if id(p) not in apart]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=settings.rate, betas=settings.betas, weight_decay=WEIGHT_DECAY, fused=True)
     ]
-    if settings.matrix_rate and matrices:
-        optimizers.append(Muon(matrices, lr=settings.matrix_rate, weight_decay=WEIGHT_DECAY))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
+    if settings.muon_rate is not None and matrices:
+        optimizers.append(Muon(matrices, lr=settings.muon_rate, weight_decay=WEIGHT_DECAY))
     return optimizers
 
 
 def _step(name: str, run: _Run, loss: Loss, settings: Fit, progress: float) -> None:
     generator = torch.Generator().manual_seed(settings.seed * 10_000_019 + run.step)
-    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+    for group in run.groups:
         group["lr"] = group["initial_lr"] * settings.pace(run.step, progress)
     with torch.autocast(next(run.model.parameters()).device.type, dtype=torch.bfloat16):
         value, figures = loss(generator, progress)

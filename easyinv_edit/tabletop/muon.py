@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; they trade exactness (singular values end between about .7 and 1.2) for speed."""
+"""Of the quintic iteration; they trade exactness (most singular values end between .7 and 1.2) for speed."""
 ITERATIONS = 5
 RMS = 0.2
 """Root mean square of an update at learning rate 1, which is about AdamW's (Liu et al., arXiv 2502.16982, section 2.2)."""

@@ -47,7 +47,8 @@ def render(scenes: Sequence[Scene], size: int = 128, supersample: int = 2, devic
 
 def render_apart(scenes: Sequence[Scene], size: int, supersample: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """As `render`, but the coverage (B, 2, size, size) is each solid's own: the second is empty where there is one only."""
-    parts = [_render_one(scene, size * supersample, supersample, device) for scene in scenes]
+    flat = _rays(size * supersample, device)
+    parts = [_render_one(scene, flat, supersample) for scene in scenes]
     pictures, masks = zip(*parts, strict=True)
     return torch.cat(pictures), torch.cat(masks)
 
@@ -68,12 +69,11 @@ def silhouettes(pictures: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return (difference > SEEN) & (inside | nearer)
 
 
-def _render_one(scene: Scene, side: int, supersample: int, device: str) -> tuple[Tensor, Tensor]:
-    flat = _rays(side, device)
+def _render_one(scene: Scene, flat: Tensor, supersample: int) -> tuple[Tensor, Tensor]:
     picture = _ground(scene, flat)
-    hits = torch.zeros(2, side, side, dtype=torch.bool, device=device)
+    hits = torch.zeros(2, *flat.shape[:-1], dtype=torch.bool, device=flat.device)
     for place, solid in enumerate(scene.solids):
-        box = _box(solid, side)
+        box = _box(solid, len(flat))
         colour, hit = _trace(solid, scene.light, flat[box])
         hit &= ~hits.any(0)[box]
         hits[place][box] = hit

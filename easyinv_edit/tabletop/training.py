@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from easyinv_edit.backbones.loading import load_pipeline
-from easyinv_edit.errors import EasyInvError, ModelError, RecipeError
+from easyinv_edit.errors import EasyInvError, ModelError, RecipeError, first_line
 from easyinv_edit.images import save_png, to_pil
 from easyinv_edit.tabletop import autoencoder, denoising, judge, networks
 from easyinv_edit.tabletop.captions import caption
@@ -62,7 +62,7 @@ def read_training_recipe(path: Path) -> TrainingRecipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return TypeAdapter(TrainingRecipe).validate_python(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
+        raise RecipeError([f"{path}: cannot be read ({first_line(error)})"]) from error
     except ValidationError as error:
         items = error.errors(include_url=False)
         raise RecipeError(
@@ -127,9 +127,9 @@ def _try_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EasyInvError(
-            f"compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave compile out of the recipe"
+            f"compile: torch.compile does not work here ({first_line(error)}); "
+            "install a C++ compiler, or leave compile out of the recipe"
         ) from error
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
 
 from easyinv_edit.tabletop import render as rendering
+from easyinv_edit.tabletop.geometry import DEFAULT_PITCH, PITCH, rotation
 from easyinv_edit.tabletop.render import GROUND, render, render_apart, silhouettes
 from easyinv_edit.tabletop.scene import BESIDE, POSES, SHAPES, SIZES, Scene, Solid, random_scene, random_table, replace
 
@@ -30,6 +32,25 @@ def test_pictures_and_masks_have_the_promised_form() -> None:
 def test_the_same_scene_is_the_same_picture() -> None:
     scenes = [random_scene(seed) for seed in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(render(scenes, 32), render(scenes, 32), strict=True))
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    scenes = [random_table(seed) for seed in range(5)]
+    together = render(scenes, 16)
+    alone = [torch.cat(parts) for parts in zip(*(render([scene], 16) for scene in scenes), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_a_rotation_is_that_of_exact_products_on_every_processor() -> None:
+    for shape, roll, yaw in product(("cube", "ring"), POSES.values(), (0.0, 0.37, -0.59)):
+        pitch = PITCH.get(shape, DEFAULT_PITCH)
+        (cy, sy), (cp, sp), (cr, sr) = ((math.cos(a), math.sin(a)) for a in (yaw, pitch, roll))
+        expected = [
+            [cr * cy - sr * sp * sy, -sr * cp, cr * sy + sr * sp * cy],
+            [sr * cy + cr * sp * sy, cr * cp, sr * sy - cr * sp * cy],
+            [-cp * sy, sp, cp * cy],
+        ]
+        assert torch.equal(rotation(shape, roll, yaw), torch.tensor(expected, dtype=torch.float64).float())
 
 
 def test_no_solid_reaches_beyond_the_rays_that_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_smoke_trains_resumes_and_yields_a_model(tmp_path: Path, monkeypatch: py
 def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
     """Judge and latents stay as they are, decoder and UNet begin where they were, and the record holds both trainings."""
     recipe = replace(training.read_training_recipe(CONFIGS / "smoke.yaml"), scenes=16)
-    idle = replace(recipe.unet, samples=16, rate=1e-9, matrix_rate=1e-9)
+    idle = replace(recipe.unet, samples=16, rate=1e-9, muon_rate=1e-9)
     still = replace(recipe, unet=idle, decoder=replace(recipe.decoder, rate=1e-9))
     first = training.train(recipe, tmp_path / "first", CPU, report=lambda text: None)
     second = training.train(still, tmp_path / "second", CPU, report=lambda text: None, start=first)
