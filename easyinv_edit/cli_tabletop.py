@@ -85,7 +85,7 @@ def evaluate_model(
     steps: Annotated[int, typer.Option(min=2, help="Steps of every sampling, T.")] = 25,
     sets: Annotated[int, typer.Option(min=1, max=10, help="How often, each time on other scenes with other noise.")] = 1,
     samples: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Samples of each world and guidance; default: 8 for every scene.")
+        int | None, typer.Option(min=2, max=10_000, help="Samples of each world and guidance; default: 8 for every scene.")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="A model folder whose judge reads the pictures; default: the model's.")

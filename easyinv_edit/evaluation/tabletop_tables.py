@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from easyinv_edit.evaluation.markdown import table
@@ -14,10 +15,11 @@ def text(report: dict[str, Any]) -> str:
     size, edit = report["size"], report["one edit"]
     head = (
         f"{size['parameters'] / 1e6:.1f} M parameters, {size['float16_megabytes']:.1f} MB in float16, {size['pixels']} pixels; "
-        f"{len(report['sets'])} x {report['scenes']} scenes, T = {report['steps']}; one edit {edit['seconds']:.1f} s, "
+        f"{len(report['sets'])} x {report['scenes']} scenes, {report['samples']} samples, T = {report['steps']}; "
+        f"one edit {edit['seconds']:.1f} s, "
         f"{edit['evaluations']} evaluations, {edit['threads']} threads"
     )
-    sets = report["sets"]
+    sets = list(report["sets"].values())
     return "\n\n".join([head, _autoencoder(sets), _samples(sets), _reconstructions(sets), _edits(sets)])
 
 
@@ -53,10 +55,11 @@ def _reconstructions(sets: Sequence[dict[str, Any]]) -> str:
 
 def _edits(sets: Sequence[dict[str, Any]]) -> str:
     fields = {"psnr": 2, "object_psnr": 2, "gain": 2, "better": 2, "target": 2, "silhouette": 2}
-    kept = list(dict.fromkeys(field for row in sets[0]["edits"] for field in row["kept"]))
+    parts = [list(chain.from_iterable(given["edits"].values())) for given in sets]
+    kept = list(dict.fromkeys(field for row in parts[0] for field in row["kept"]))
     lines = []
-    for number, first in enumerate(sets[0]["edits"]):
-        rows = [given["edits"][number] for given in sets]
+    for rows in zip(*parts, strict=True):
+        first = rows[0]
         figures = [_cell(rows, field, digits) for field, digits in fields.items()]
         lines.append([first["task"], first["method"], *figures, *_cells([row["kept"] for row in rows], kept, 2)])
     heads = ["dB to the truth", "inside the object", "gain", "better", "word obeyed", "silhouette"]

@@ -6,8 +6,10 @@ UNet2DConditionModel with SD's block types: 16 self-attention sites in the place
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -106,6 +108,14 @@ def build_unet() -> UNet2DConditionModel:
     )
     use_plain_attention(model)
     return model
+
+
+def weights_digest(*models: nn.Module) -> str:
+    """SHA-256 of all weights in float32, in hexadecimal digits: the same wherever and in whatever dtype they were kept."""
+    digest = hashlib.sha256()
+    for value in chain.from_iterable(model.state_dict().values() for model in models):
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def use_plain_attention(*models: AutoencoderKL | UNet2DConditionModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -217,10 +216,7 @@ def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
     """The pictures' latents, encoded in bfloat16 and once for each autoencoder: a run that is resumed finds them."""
-    digest = hashlib.sha256()
-    for value in vae.state_dict().values():
-        digest.update(value.float().cpu().numpy().tobytes())
-    path = folder / f"latents-{digest.hexdigest()[:12]}-{len(pictures)}.safetensors"
+    path = folder / f"latents-{networks.weights_digest(vae)[:12]}-{len(pictures)}.safetensors"
     if not path.exists():
         with torch.autocast(next(vae.parameters()).device.type, dtype=torch.bfloat16):
             latents = autoencoder.encode(vae, pictures).float().contiguous()

@@ -1,4 +1,4 @@
-"""LoRAs loaded by diffusers itself: attention control works beside them, and what they do not change stays bit for bit."""
+"""LoRAs loaded by diffusers itself: attention control works beside them, and what they do not change stays, up to rounding."""
 
 from __future__ import annotations
 
@@ -52,19 +52,20 @@ def load(pipe: EditPipeline, name: str = "one", seed: int = 0) -> None:
 
 @FAMILIES
 def test_a_lora_changes_a_controlled_edit_and_at_scale_0_nothing(family: str) -> None:
-    pipe = opened(family)
+    """Nothing but rounding: adding 0 is exact, but where a tensor lies in memory can change a processor's matrix product."""
+    pipe = opened(family, torch.float64)
     source = inverted(pipe)
     before = edited(pipe, source)
     load(pipe)
     assert (edited(pipe, source) - before).abs().max() > CLEAR
     pipe.backbone.pipe.set_adapters("one", 0.0)
-    assert torch.equal(edited(pipe, source), before)
-    assert torch.equal(inverted(pipe).latents, source.latents)
+    assert (edited(pipe, source) - before).abs().max() <= EXACT
+    assert (inverted(pipe).latents - source.latents).abs().max() <= EXACT
 
 
 def test_every_projection_of_the_routed_sites_is_the_loras() -> None:
     """Only the self-attention sites that MasaCtrl routes have this LoRA; their queries, keys, values and outputs all count."""
-    pipe = opened("sd")
+    pipe = opened("sd", torch.float64)
     inner, source = pipe.backbone.pipe, inverted(pipe)
     before = edited(pipe, source)
     for layer in ("to_q", "to_k", "to_v", "to_out.0"):
@@ -72,7 +73,7 @@ def test_every_projection_of_the_routed_sites_is_the_loras() -> None:
         inner.load_lora_weights(only, adapter_name="only")
         assert (edited(pipe, source) - before).abs().max() > 1e-4
         inner.delete_adapters("only")
-    assert torch.equal(edited(pipe, source), before)
+    assert (edited(pipe, source) - before).abs().max() <= EXACT
 
 
 @FAMILIES

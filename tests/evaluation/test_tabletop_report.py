@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import TASKS
+from easyinv_edit.evaluation.parts import Parts
 from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, _distance, evaluate
 from easyinv_edit.evaluation.tabletop_tables import text
 from easyinv_edit.evaluation.truth_edits import BASELINE, METHODS
@@ -34,11 +36,11 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2, samples=3)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert len(report["sets"]) == 2
-    for given in report["sets"]:
+    for given in report["sets"].values():
         assert [row["method"] for row in given["reconstructions"]] == list(SAMPLED_BACK)
-        assert len(given["edits"]) == len(TASKS) * (2 + len(METHODS))
+        assert [len(rows) for rows in given["edits"].values()] == [2 + len(METHODS)] * len(TASKS)
         assert len(given["samples"]) == len(WORLDS) * (1 + len(GUIDANCE))
-    assert report["sets"][0]["autoencoder"] != report["sets"][1]["autoencoder"]
+    assert report["sets"]["set 1"]["autoencoder"] != report["sets"]["set 2"]["autoencoder"]
     worlds = ("single-solids", "wider-world")
     samples = {f"{world}-{kind}" for world in worlds for kind in ("rendered", "guidance-3", "guidance-5")}
     for name in ("set-1", "set-2"):
@@ -46,7 +48,7 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
         assert drawn == {*samples, *(f"edit-{task.name}" for task in TASKS)}
         assert all(Image.open(tmp_path / "report" / name / f"{each}.png").size == (3 * 64, 64) for each in samples)
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
-    assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(given["edits"])
+    assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(TASKS) * (2 + len(METHODS))
     assert all("±" in row for row in rows if "fixed_point" in row)
     assert report["one edit"]["evaluations"] == 8 + 2 * 8 + 2 * 7, "EasyInv; the target's rows; from step 2 the source's"
     assert "; one edit " in text(report)
@@ -64,6 +66,47 @@ def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_feat
 
 def test_another_models_judge_reads_the_pictures(untrained_folder: Path, tmp_path: Path) -> None:
     """The embedded one by its name; and prompt-only edits have no gain over themselves."""
-    given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"][0]
+    given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"]["set 1"]
     assert given["samples"]["single solids, rendered"]["shape"] == 1
-    assert all(row["gain"] == row["better"] == 0 for row in given["edits"] if row["method"] == BASELINE)
+    plain = [row for rows in given["edits"].values() for row in rows if row["method"] == BASELINE]
+    assert len(plain) == len(TASKS)
+    assert all(row["gain"] == row["better"] == 0 for row in plain)
+
+
+def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Path) -> None:
+    """What is there is not measured again: only parts that are missing are told, and a changed one stays."""
+    told: list[str] = []
+
+    def measure(count: int = 1, sets: int = 1) -> Any:
+        told.clear()
+        return evaluate(str(untrained_folder), tmp_path, count, 8, told.append, samples=2, sets=sets, judge_of="embedded")
+
+    whole = measure()
+    assert told[:2] == ["one edit", "set 1: autoencoder"]
+    cut = json.loads((tmp_path / "report.json").read_text())
+    del cut["sets"]["set 1"]["edits"]["turn"], cut["sets"]["set 1"]["samples"]["wider world, guidance 3"]
+    cut["one edit"]["seconds"] = -1.0
+    (tmp_path / "report.json").write_text(json.dumps(cut))
+    again = measure(sets=2)
+    assert told[:2] == ["set 1: samples: wider world, guidance 3", "set 1: edits: turn"]
+    assert all(line.startswith("set 2") for line in told[2:])
+    assert again["one edit"]["seconds"] == -1.0
+    assert again["sets"]["set 1"]["edits"] == whole["sets"]["set 1"]["edits"]
+    assert again["sets"]["set 1"]["samples"] == whole["sets"]["set 1"]["samples"]
+    measure(sets=1)
+    assert told == []
+    measure(count=2)
+    assert told[0] == f"{tmp_path / 'report.json'}: is of another measurement; begun anew"
+    assert told[1] == "one edit"
+
+
+def test_a_damaged_report_is_begun_anew(tmp_path: Path) -> None:
+    path, told = tmp_path / "report.json", []
+    for content in ("{", "[1]", "{}"):
+        path.write_text(content)
+        parts = Parts(path, {"model": "a"}, told.append)
+        assert parts.content == {"model": "a"}
+    parts.add(parts.content, "b", "measuring b", lambda: 1)
+    parts.add(parts.content, "b", "measuring b", lambda: 2)
+    assert json.loads(path.read_text()) == {"model": "a", "b": 1}
+    assert told == ["measuring b"]
