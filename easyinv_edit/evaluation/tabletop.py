@@ -100,8 +100,8 @@ def _measure(parts: Parts, pipe: EditPipeline, judge: judging.Judge, number: int
     parts.add(place, "reconstructions", f"{name}: reconstructions", partial(_reconstructions, pipe, first, count, steps))
     for task in TASKS:
         picture = folder / f"edit-{task.name}.png"
-        row = partial(_edits, pipe, judge, task, first, count, steps, picture)
-        parts.add(place.setdefault("edits", {}), task.name, f"{name}: edits: {task.name}", row)
+        rows = partial(_edits, pipe, judge, task, first, count, steps, picture)
+        parts.add(place.setdefault("edits", {}), task.name, f"{name}: edits: {task.name}", rows)
 
 
 def _edits(
