@@ -19,9 +19,11 @@ from easyinv_edit.tabletop.scene import (
     SHAPES,
     TEXTURES,
     Scene,
+    middle,
     random_scene,
     replace,
     second_colours,
+    standing,
 )
 
 Change: TypeAlias = Callable[[Scene], tuple[Scene, Scene] | None]
@@ -116,21 +118,27 @@ class Case:
         return None if self.task.style is None else self.task.style(self.truth)
 
 
+OUTLINE = ("shape", "size", "pose")
+"""What moves a solid's outline about its body."""
+
+
 def make_case(task: Task, scene: Scene) -> Case | None:
     """The case of a scene, or None where the task cannot be shown on it (a plain object has no texture to keep)."""
-    if (pair := (task.change or partial(_changed, task))(scene)) is None:
+    if (pair := (task.change or partial(changed, task))(scene)) is None:
         return None
     source, truth = pair
     prompts = (caption(each, task.unnamed, task.beside_unnamed if each.beside else None) for each in pair)
     return Case(task, source, truth, *prompts)
 
 
-def _changed(task: Task, scene: Scene) -> tuple[Scene, Scene] | None:
-    """A textured scene and the same with another word, or at another place."""
+def changed(task: Task, scene: Scene, by_outline: bool = True) -> tuple[Scene, Scene] | None:
+    """A textured scene and the same with another word, or at another place; None where the scene cannot show it. by_outline:
+    whether it is the middle of the outline that stays where it is, or of the body."""
     if scene.texture == "plain" or (task.field == "pose" and scene.shape in ("ball", "ring")):
         return None
-    changed: dict[str, Any] = {task.field: _other(task, scene) if task.sayable else _moved(scene)}
-    return scene, replace(scene, **changed)
+    word: dict[str, Any] = {task.field: _other(task, scene) if task.sayable else _moved(scene)}
+    truth = replace(scene, **word)
+    return scene, standing(truth, middle(scene)) if by_outline and task.field in OUTLINE else truth
 
 
 def _other(task: Task, scene: Scene) -> str:
