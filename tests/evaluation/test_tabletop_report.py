@@ -67,7 +67,7 @@ def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_feat
 def test_another_models_judge_reads_the_pictures(untrained_folder: Path, tmp_path: Path) -> None:
     """The embedded one by its name; and prompt-only edits have no gain over themselves."""
     given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"]["set 1"]
-    assert given["samples"]["single solids, rendered"]["shape"] == 1
+    assert given["samples"]["single solids, rendered"]["shape"] > 0.5, "an untrained judge reads a sixth"
     plain = [row for rows in given["edits"].values() for row in rows if row["method"] == BASELINE]
     assert len(plain) == len(TASKS)
     assert all(row["gain"] == row["better"] == 0 for row in plain)
@@ -77,9 +77,9 @@ def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Pa
     """What is there is not measured again: only parts that are missing are told, and a changed one stays."""
     told: list[str] = []
 
-    def measure(count: int = 1, sets: int = 1) -> Any:
+    def measure() -> Any:
         told.clear()
-        return evaluate(str(untrained_folder), tmp_path, count, 8, told.append, samples=2, sets=sets, judge_of="embedded")
+        return evaluate(str(untrained_folder), tmp_path, 1, 8, told.append, samples=2, judge_of="embedded")
 
     whole = measure()
     assert told[:2] == ["one edit", "set 1: autoencoder"]
@@ -87,21 +87,21 @@ def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Pa
     del cut["sets"]["set 1"]["edits"]["turn"], cut["sets"]["set 1"]["samples"]["wider world, guidance 3"]
     cut["one edit"]["seconds"] = -1.0
     (tmp_path / "report.json").write_text(json.dumps(cut))
-    again = measure(sets=2)
-    assert told[:2] == ["set 1: samples: wider world, guidance 3", "set 1: edits: turn"]
-    assert all(line.startswith("set 2") for line in told[2:])
+    again = measure()
+    assert told == ["set 1: samples: wider world, guidance 3", "set 1: edits: turn"]
     assert again["one edit"]["seconds"] == -1.0
     assert again["sets"]["set 1"]["edits"] == whole["sets"]["set 1"]["edits"]
     assert again["sets"]["set 1"]["samples"] == whole["sets"]["set 1"]["samples"]
-    measure(sets=1)
+    measure()
     assert told == []
-    measure(count=2)
-    assert told[0] == f"{tmp_path / 'report.json'}: is of another measurement; begun anew"
-    assert told[1] == "one edit"
 
 
-def test_a_damaged_report_is_begun_anew(tmp_path: Path) -> None:
+def test_a_report_of_something_else_or_a_damaged_one_is_begun_anew(tmp_path: Path) -> None:
     path, told = tmp_path / "report.json", []
+    path.write_text('{"model": "b", "sets": {"set 1": {}}}')
+    assert Parts(path, {"model": "a"}, told.append).content == {"model": "a"}
+    assert told == [f"{path}: is of another measurement; begun anew"]
+    told.clear()
     for content in ("{", "[1]", "{}"):
         path.write_text(content)
         parts = Parts(path, {"model": "a"}, told.append)

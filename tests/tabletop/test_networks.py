@@ -71,4 +71,4 @@ def test_the_export_mixes_dtypes_so_that_a_stock_load_does_not(untrained: EditPi
     networks.export(untrained.backbone.pipe, tmp_path)
     stock = StableDiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
     assert {part.dtype for part in (stock.unet, stock.vae, stock.text_encoder)} == {torch.float32}
-    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 2.1 * stock.unet.num_parameters()
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 2.2 * stock.unet.num_parameters()
