@@ -1,9 +1,10 @@
 """The tabletop suite: edits with a rendered right answer that stay the same for good.
 
 A version is never changed: what would change its cases makes a new one. Version 1 is what this package's first numbers were
-measured on (`bench edits --scenes 24`); a fifth of its colour edits go to a look-alike. Version 2 has clear colour edits,
-texture edits, more scenes, and for each task scenes of its own. Version 3 has what the controllers of the wider world are for,
-`company.COMPANY`, besides, whose "move" says the place in words; it is of `random_scene`, the others are of `early_scene`.
+measured on (`bench edits --scenes 24`, which draws other scenes today); a fifth of its colour edits go to a look-alike.
+Version 2 has clear colour edits, texture edits, more scenes, and for each task scenes of its own. Version 3 has what the
+controllers of the wider world are for, `company.COMPANY`, besides, whose "move" says the place in words; it is of
+`random_scene`, the others are of `early_scene`.
 """
 
 from __future__ import annotations

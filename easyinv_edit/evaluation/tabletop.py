@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -15,13 +16,13 @@ from torch import Tensor
 from easyinv_edit.errors import ModelError
 from easyinv_edit.evaluation.ground_truth import TASKS, Task, make_cases
 from easyinv_edit.evaluation.kernel_distance import kernel_distance
+from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.metrics import psnr
-from easyinv_edit.evaluation.parts import Parts
 from easyinv_edit.evaluation.reconstruction import reconstruct
 from easyinv_edit.evaluation.truth_edits import run_task
 from easyinv_edit.images import save_png, to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline, embedded_folder
-from easyinv_edit.result import versions
+from easyinv_edit.result import versions, write_text
 from easyinv_edit.running import rendered
 from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop import networks
@@ -40,7 +41,8 @@ SAMPLES = 8
 """Samples of each world and guidance for every scene of the other measurements: reading words takes many."""
 BATCH = 50
 Report = Callable[[str], None]
-Row = Callable[[], dict[str, float]]
+Piece = tuple[str, str, Callable[[], Any]]
+"""Part, name within it ("" where it is one), and what measures it."""
 
 
 def evaluate(
@@ -56,24 +58,41 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` on held-out scenes at T = `steps`; writes pictures and report.json and returns what it holds.
 
-    The report is written after every part; in a folder that holds one of the same model, measured alike, only what it lacks is
-    measured, and sets that it has beyond `sets` stay.
+    Every part is kept in results.jsonl as soon as it is measured: in a folder that holds parts of the same model, measured
+    alike, only those that are missing are measured.
 
     count: scenes per measurement and set; sets: how often everything is measured again on other scenes with other noise;
     samples: at least 2, drawn of each world and guidance in a set, by default `SAMPLES` for every scene;
     judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
-    Raises ModelError where the folder holds no judge: then it is no tabletop model.
+    Raises ModelError where the folder holds no judge: then it is no tabletop model; InputError where `folder` holds another run.
     """
     judge = _judge_of(model if judge_of is None else judge_of)
     pipe = EditPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     drawn = SAMPLES * count if samples is None else samples
-    head = {"model": model, "weights": _weights(pipe, judge), "scenes": count, "samples": drawn, "steps": steps}
-    parts = Parts(folder / "report.json", {**head, "versions": versions(), "size": _size(pipe)}, report)
-    parts.add(parts.content, "one edit", "one edit", lambda: _one_edit(pipe, steps))
-    for number in range(sets):
-        _measure(parts, pipe, judge, number, count, drawn, steps)
-    return parts.content
+    request = {"model": model, "weights": _weights(pipe, judge), "scenes": count, "samples": drawn, "steps": steps}
+    request |= {"versions": versions(), "size": _size(pipe)}
+    ledger = Ledger(folder, request, ("set", "part", "name"))
+    content = {**request, **_measured(ledger, 0, [("one edit", "", partial(_one_edit, pipe, steps))], report)}
+    content["sets"] = [
+        _measured(ledger, number + 1, _pieces(pipe, judge, number, count, drawn, steps, folder / f"set-{number + 1}"), report)
+        for number in range(sets)
+    ]
+    write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def _measured(ledger: Ledger, number: int, pieces: Iterable[Piece], report: Report) -> dict[str, Any]:
+    """What a set's pieces give, by part and name; only those that the ledger lacks are measured."""
+    content: dict[str, Any] = {}
+    for part, name, measure in pieces:
+        key = {"set": number, "part": part, "name": name}
+        if not ledger.holds(**key):
+            report(": ".join(filter(None, (f"set {number}" if number else "", part, name))))
+            ledger.add([{**key, "figures": measure()}])
+        figures = next(row["figures"] for row in ledger.rows if key.items() <= row.items())
+        content |= {part: {**content.get(part, {}), name: figures}} if name else {part: figures}
+    return content
 
 
 def _judge_of(model: str) -> judging.Judge:
@@ -89,19 +108,17 @@ def _weights(pipe: EditPipeline, judge: judging.Judge) -> str:
     return networks.weights_digest(stock.vae, stock.text_encoder, stock.unet, judge)
 
 
-def _measure(parts: Parts, pipe: EditPipeline, judge: judging.Judge, number: int, count: int, drawn: int, steps: int) -> None:
+def _pieces(
+    pipe: EditPipeline, judge: judging.Judge, number: int, count: int, drawn: int, steps: int, folder: Path
+) -> Iterator[Piece]:
     """Everything once, on the scenes and the noise of one set."""
-    first, name = HELD_OUT + 100_000 * number, f"set {number + 1}"
-    place = parts.content.setdefault("sets", {}).setdefault(name, {})
-    folder = parts.path.parent / name.replace(" ", "-")
-    parts.add(place, "autoencoder", f"{name}: autoencoder", partial(_autoencoder, pipe, judge, first, SAMPLES * count))
-    for world, kind, row in _samples(pipe, judge, number, drawn, folder):
-        parts.add(place.setdefault("samples", {}), f"{world}, {kind}", f"{name}: samples: {world}, {kind}", row)
-    parts.add(place, "reconstructions", f"{name}: reconstructions", partial(_reconstructions, pipe, first, count, steps))
+    first = HELD_OUT + 100_000 * number
+    yield "autoencoder", "", partial(_autoencoder, pipe, judge, first, SAMPLES * count)
+    yield from _samples(pipe, judge, number, drawn, folder)
+    yield "reconstructions", "", partial(_reconstructions, pipe, first, count, steps)
     for task in TASKS:
         picture = folder / f"edit-{task.name}.png"
-        rows = partial(_edits, pipe, judge, task, first, count, steps, picture)
-        parts.add(place.setdefault("edits", {}), task.name, f"{name}: edits: {task.name}", rows)
+        yield "edits", task.name, partial(_edits, pipe, judge, task, first, count, steps, picture)
 
 
 def _edits(
@@ -146,8 +163,8 @@ def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: in
     return {"psnr": sum(whole) / count, "object_psnr": sum(inside) / count, **words}
 
 
-def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[tuple[str, str, Row]]:
-    """(world, what is looked at, its row): what the judge reads rightly in renders and in the stock pipeline's samples of full
+def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[Piece]:
+    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's samples of full
     captions (T = 25), and the kernel distance of each from renders of other scenes, in the judge's features."""
     size, first = pipe.backbone.native_size[0], HELD_OUT + 1_000_000 + 100_000 * number
     for world, make in WORLDS.items():
@@ -157,7 +174,7 @@ def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, 
         kinds |= {f"guidance {scale:g}": partial(_draw, pipe, scenes, scale, number) for scale in GUIDANCE}
         for kind, pictures in kinds.items():
             path = folder / f"{world} {kind}.png".replace(" ", "-")
-            yield world, kind, partial(_row, judge, scenes, pictures, others, path)
+            yield "samples", f"{world}, {kind}", partial(_row, judge, scenes, pictures, others, path)
 
 
 def _row(

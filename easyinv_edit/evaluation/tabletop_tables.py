@@ -19,7 +19,7 @@ def text(report: dict[str, Any]) -> str:
         f"one edit {edit['seconds']:.1f} s, "
         f"{edit['evaluations']} evaluations, {edit['threads']} threads"
     )
-    sets = list(report["sets"].values())
+    sets = report["sets"]
     return "\n\n".join([head, _autoencoder(sets), _samples(sets), _reconstructions(sets), _edits(sets)])
 
 

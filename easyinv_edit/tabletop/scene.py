@@ -59,8 +59,8 @@ WHITE_SHARE = 0.40
 """Share of pure white backgrounds: flat regions are the hard case of the EasyInv paper."""
 TEXTURE_WEIGHTS = (1, 2, 2, 2)
 YAWS = (0.15, 0.55)
-"""Least and greatest turn about the vertical axis: no word says it, so what an edit must guess of it has to be little. Over
-+-0.6 a true result and the same with another turn are 17 dB apart inside the object, over these 23."""
+"""Least and greatest turn about the vertical axis: no word says it, so what an edit must guess of it has to be
+little."""
 
 
 PLACES: dict[str, float] = {"left": -0.36, "middle": 0.0, "right": 0.36}

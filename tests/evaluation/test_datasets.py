@@ -127,7 +127,7 @@ def test_a_tabletop_mask_holds_both_objects_or_what_is_behind_one() -> None:
     assert behind.mask is not None
     assert inside.any()
     assert float(behind.mask[inside].mean()) < 0.1
-    assert bool((behind.mask[::31, ::31] == 1).all()), "the corners"
+    assert float(behind.mask[0].mean()) == 1
 
 
 def test_tabletop_edits_of_all_tasks_have_names_of_their_own() -> None:

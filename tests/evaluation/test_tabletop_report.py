@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from easyinv_edit.errors import ModelError
+from easyinv_edit.errors import InputError, ModelError
 from easyinv_edit.evaluation.ground_truth import TASKS
-from easyinv_edit.evaluation.parts import Parts
-from easyinv_edit.evaluation.tabletop import GUIDANCE, SAMPLED_BACK, WORLDS, _distance, evaluate
+from easyinv_edit.evaluation.tabletop import GUIDANCE, HELD_OUT, SAMPLED_BACK, SAMPLES, WORLDS, _distance, evaluate
 from easyinv_edit.evaluation.tabletop_tables import text
 from easyinv_edit.evaluation.truth_edits import BASELINE, METHODS
+from easyinv_edit.pipeline import embedded_folder
 from easyinv_edit.tabletop import judge
+from easyinv_edit.tabletop.render import render
+from easyinv_edit.tabletop.scene import random_scene
 
 
 def quiet(_line: str) -> None:
@@ -36,11 +38,11 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2, samples=3)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert len(report["sets"]) == 2
-    for given in report["sets"].values():
+    for given in report["sets"]:
         assert [row["method"] for row in given["reconstructions"]] == list(SAMPLED_BACK)
         assert [len(rows) for rows in given["edits"].values()] == [2 + len(METHODS)] * len(TASKS)
         assert len(given["samples"]) == len(WORLDS) * (1 + len(GUIDANCE))
-    assert report["sets"]["set 1"]["autoencoder"] != report["sets"]["set 2"]["autoencoder"]
+    assert report["sets"][0]["autoencoder"] != report["sets"][1]["autoencoder"]
     worlds = ("single-solids", "wider-world")
     samples = {f"{world}-{kind}" for world in worlds for kind in ("rendered", "guidance-3", "guidance-5")}
     for name in ("set-1", "set-2"):
@@ -66,8 +68,11 @@ def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_feat
 
 def test_another_models_judge_reads_the_pictures(untrained_folder: Path, tmp_path: Path) -> None:
     """The embedded one by its name; and prompt-only edits have no gain over themselves."""
-    given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"]["set 1"]
-    assert given["samples"]["single solids, rendered"]["shape"] > 0.5, "an untrained judge reads a sixth"
+    given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"][0]
+    scenes = [random_scene(HELD_OUT + 1_000_000 + i) for i in range(SAMPLES)]
+    read = judge.accuracy(judge.load(embedded_folder() / judge.FILE), render(scenes, 64)[0], scenes)
+    assert {**given["samples"]["single solids, rendered"], **read} == given["samples"]["single solids, rendered"]
+    assert sum(read.values()) / len(read) > 0.5, "which an untrained judge does not read"
     plain = [row for rows in given["edits"].values() for row in rows if row["method"] == BASELINE]
     assert len(plain) == len(TASKS)
     assert all(row["gain"] == row["better"] == 0 for row in plain)
@@ -77,36 +82,26 @@ def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Pa
     """What is there is not measured again: only parts that are missing are told, and a changed one stays."""
     told: list[str] = []
 
-    def measure() -> Any:
+    def measure(steps: int = 8) -> Any:
         told.clear()
-        return evaluate(str(untrained_folder), tmp_path, 1, 8, told.append, samples=2, judge_of="embedded")
+        return evaluate(str(untrained_folder), tmp_path, 1, steps, told.append, samples=2, judge_of="embedded")
 
     whole = measure()
     assert told[:2] == ["one edit", "set 1: autoencoder"]
-    cut = json.loads((tmp_path / "report.json").read_text())
-    del cut["sets"]["set 1"]["edits"]["turn"], cut["sets"]["set 1"]["samples"]["wider world, guidance 3"]
-    cut["one edit"]["seconds"] = -1.0
-    (tmp_path / "report.json").write_text(json.dumps(cut))
+    ledger = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
+    kept = [row for row in rows if row["name"] not in ("turn", "wider world, guidance 3")]
+    kept[0]["figures"]["seconds"] = -1.0
+    cut_short = '{"set": 2, "part": "auto'
+    ledger.write_text("\n".join([*map(json.dumps, kept), cut_short]))
     again = measure()
     assert told == ["set 1: samples: wider world, guidance 3", "set 1: edits: turn"]
     assert again["one edit"]["seconds"] == -1.0
-    assert again["sets"]["set 1"]["edits"] == whole["sets"]["set 1"]["edits"]
-    assert again["sets"]["set 1"]["samples"] == whole["sets"]["set 1"]["samples"]
+    given = again["sets"][0]
+    assert list(given) == ["autoencoder", "samples", "reconstructions", "edits"]
+    assert list(given["edits"]) == [task.name for task in TASKS]
+    assert (given["edits"], given["samples"]) == (whole["sets"][0]["edits"], whole["sets"][0]["samples"])
     measure()
     assert told == []
-
-
-def test_a_report_of_something_else_or_a_damaged_one_is_begun_anew(tmp_path: Path) -> None:
-    path, told = tmp_path / "report.json", []
-    path.write_text('{"model": "b", "sets": {"set 1": {}}}')
-    assert Parts(path, {"model": "a"}, told.append).content == {"model": "a"}
-    assert told == [f"{path}: is of another measurement; begun anew"]
-    told.clear()
-    for content in ("{", "[1]", "{}"):
-        path.write_text(content)
-        parts = Parts(path, {"model": "a"}, told.append)
-        assert parts.content == {"model": "a"}
-    parts.add(parts.content, "b", "measuring b", lambda: 1)
-    parts.add(parts.content, "b", "measuring b", lambda: 2)
-    assert json.loads(path.read_text()) == {"model": "a", "b": 1}
-    assert told == ["measuring b"]
+    with pytest.raises(InputError, match=r"holds another run .*other values of steps"):
+        measure(steps=9)
