@@ -64,7 +64,8 @@ def evaluate(
     count: scenes per measurement and set; sets: how often everything is measured again on other scenes with other noise;
     samples: at least 2, drawn of each world and guidance in a set, by default `SAMPLES` for every scene;
     judge_of: a model folder whose judge reads the pictures, by default the model's own: to compare two versions.
-    Raises ModelError where the folder holds no judge: then it is no tabletop model; InputError where `folder` holds another run.
+    Raises ModelError where the model's folder holds no judge: then it is no tabletop model; InputError where `folder` holds
+    another run.
     """
     judge = _judge_of(model if judge_of is None else judge_of)
     pipe = EditPipeline.from_pretrained(model)
@@ -164,8 +165,8 @@ def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: in
 
 
 def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[Piece]:
-    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's samples of full
-    captions (T = 25), and the kernel distance of each from renders of other scenes, in the judge's features."""
+    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's
+    samples of full captions (T = 25), and the kernel distance of each from renders of other scenes, in the judge's features."""
     size, first = pipe.backbone.native_size[0], HELD_OUT + 1_000_000 + 100_000 * number
     for world, make in WORLDS.items():
         scenes = [make(first + i) for i in range(count)]
