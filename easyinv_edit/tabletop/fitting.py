@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from easyinv_edit.errors import EasyInvError, first_line
 from easyinv_edit.tabletop.muon import Muon
+from easyinv_edit.tabletop.precision import autocast
 
 CHECKPOINT_SECONDS = 120.0
 LOG_STEPS = 100
@@ -159,7 +160,7 @@ def _step(name: str, run: _Run, loss: Loss, settings: Fit, progress: float) -> N
     generator = torch.Generator().manual_seed(settings.seed * 10_000_019 + run.step)
     for group in run.groups:
         group["lr"] = group["initial_lr"] * settings.pace(run.step, progress)
-    with torch.autocast(next(run.model.parameters()).device.type, dtype=torch.bfloat16):
+    with autocast(next(run.model.parameters()).device):
         value, figures = loss(generator, progress)
     if not torch.isfinite(value):
         raise FloatingPointError(f"{name}: loss is {value.item()} at step {run.step}; lower the learning rate")

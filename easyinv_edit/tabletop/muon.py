@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyinv_edit.tabletop.precision import working
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; they trade exactness (most singular values end between .7 and 1.2) for speed."""
 ITERATIONS = 5
@@ -20,10 +22,10 @@ RMS = 0.2
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U V^T of every matrix U S V^T in (N, rows, columns), by Newton-Schulz iteration in bfloat16."""
+    """About U V^T of every matrix U S V^T in (N, rows, columns), by Newton-Schulz iteration, in bfloat16 where that is fast."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(working(matrices.device))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         square = x @ x.mT

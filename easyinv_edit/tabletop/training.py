@@ -25,6 +25,7 @@ from easyinv_edit.images import save_png, to_pil
 from easyinv_edit.tabletop import autoencoder, denoising, judge, networks
 from easyinv_edit.tabletop.captions import caption
 from easyinv_edit.tabletop.fitting import Fit
+from easyinv_edit.tabletop.precision import autocast
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import Scene, random_table
 
@@ -215,10 +216,10 @@ def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
-    """The pictures' latents, encoded in bfloat16 and once for each autoencoder: a run that is resumed finds them."""
+    """The pictures' latents, encoded once for each autoencoder: a run that is resumed finds them."""
     path = folder / f"latents-{networks.weights_digest(vae)[:12]}-{len(pictures)}.safetensors"
     if not path.exists():
-        with torch.autocast(next(vae.parameters()).device.type, dtype=torch.bfloat16):
+        with autocast(next(vae.parameters()).device):
             latents = autoencoder.encode(vae, pictures).float().contiguous()
         _save({"latents": latents}, path)
     return load_file(path)["latents"]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.tabletop import denoising, fitting, judge, networks, training
+from easyinv_edit.tabletop import denoising, fitting, judge, networks, precision, training
 from easyinv_edit.tabletop.scene import random_table
 from tests.helpers import Command
 
@@ -64,7 +64,7 @@ def test_smoke_trains_resumes_and_yields_a_model(tmp_path: Path, monkeypatch: py
     assert pipe.backbone.native_size == (128, 128)
     assert judge.load(folder / "judge.safetensors").read(torch.zeros(1, 3, 64, 64))[0].keys() >= {"shape", "colour"}
     record = json.loads((folder / "training.json").read_text())
-    assert record["unet"]["samples"] == 64
+    assert record["unet"]["samples"] == 32
     assert sorted(tmp_path.glob("samples-*.png"))
     weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
@@ -150,6 +150,16 @@ def test_a_damaged_file_of_a_start_is_named(
     assert f"{model / file}: " in told
     assert "damaged" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processor", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_a_processor_without_bfloat16_trains_in_float32(
+    monkeypatch: pytest.MonkeyPatch, processor: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    with precision.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == precision.working(CPU) == dtype
+    assert precision.working(torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_compiled_unet_is_trained_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
