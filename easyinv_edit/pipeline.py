@@ -94,7 +94,7 @@ class EditPipeline:
 
     @classmethod
     def embedded(cls, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> EditPipeline:
-        """The small model this package trains and ships: solids on a tabletop at 64 pixels. Works offline, on a CPU."""
+        """The small model this package trains and ships: solids on a tabletop at 128 pixels. Works offline, on a CPU."""
         return cls.from_pretrained("embedded", dtype=dtype, device=device, local_files_only=True)
 
     def enable_low_memory(self, device: str | torch.device | None = None) -> list[str]:

@@ -85,9 +85,8 @@ UNSAYABLE: dict[str, Task] = {
 """Edits whose captions do not say them, as their scenes are older than words for places: both prompts are the same, and only
 masks (`suite.masks`) tell where the object goes.
 
-They are among no defaults, for the embedded model cannot make them: it has seen objects only within 2 of 64 pixels of the
-middle. Of the 8 pixels that "move" moves, its objects' centres (8 scenes, T = 25) go 2 where MasaCtrl is given both masks,
-which smears them, and 2.5 where the inverted noise itself is moved. They are for models that have seen more.
+They are among no defaults, for the embedded model has seen objects in the middle or at the places that its words name, never in
+between; "move" of `company.COMPANY` is the one that it can be asked for.
 """
 
 MOVE = 0.25

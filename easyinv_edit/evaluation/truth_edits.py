@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random noise, plain": {"control": "none", "noise_mix": 1.0},
     "inverted, plain": {"control": "none"},
     "inverted, masactrl": {"control": "masactrl"},
+    "inverted, masactrl .7": {"control": {"name": "masactrl", "strength": 0.7}},
 }
 """What is compared; keyword arguments of `EditPipeline.edit`."""
 BASELINE = "inverted, plain"

@@ -37,6 +37,7 @@ CONTROLS: dict[str, Mapping[str, Any]] = {
         "target_words": TARGET_WORD,
         "mask_threshold": 0.25,
     },
+    "structure, all sites": {"name": "structure", "sites": "0-"},
     "masactrl, masks": {"name": "masactrl", "source_mask": SOURCE_MASK, "target_mask": TARGET_MASK},
     "prompt_to_prompt, blend": {
         "name": "prompt_to_prompt",
@@ -47,7 +48,7 @@ CONTROLS: dict[str, Mapping[str, Any]] = {
 }
 """What edits are compared under, by the name in tables: every registered controller that needs no second picture, box or list,
 with its defaults, and some with settings. The embedded model's cross-attention is diffuse, so the thresholds on its maps are
-above the papers'."""
+above the papers'; its layout is held by its 16 x 16 maps, which `structure`'s default sites leave out."""
 ON_REQUEST: dict[str, Mapping[str, Any]] = {
     "object_add": {"name": "object_add", "word": TARGET_WORD, "box": TARGET_BOX},
     "portrait": {"name": "portrait"},

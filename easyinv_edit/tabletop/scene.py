@@ -165,8 +165,8 @@ def random_scene(seed: int) -> Scene:
 
 
 def early_scene(seed: int) -> Scene:
-    """What version 1 of the embedded model was trained on: its solid turns more, and it is the middle of its body, not of its
-    outline, that stands in the middle."""
+    """What version 1 of the embedded model, no longer shipped, was trained on: its solid turns more, and it is the middle of
+    its body, not of its outline, that stands in the middle."""
     return _alone(seed, (-0.6, 0.6), 0.06)
 
 

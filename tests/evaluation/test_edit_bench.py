@@ -236,7 +236,7 @@ def test_the_command_writes_tables_numbers_and_pictures(command: Command, model:
         ),
         (
             ["--config", "tabletop_edits", "metrics=[MS-SSIM]"],
-            "MS-SSIM: sees sides of at least 176 pixels, the pictures have 64 x 64",
+            "MS-SSIM: sees sides of at least 176 pixels, the pictures have 128 x 128",
         ),
         (
             ["--config", "pie_bench", "--tasks", "shape"],

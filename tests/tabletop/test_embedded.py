@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -23,15 +24,15 @@ SCENES = [random_scene(30_000_000 + i) for i in range(80)]
 
 @pytest.fixture(scope="module")
 def reconstructions(embedded: EditPipeline) -> dict[str, Reconstruction]:
-    pictures = [to_pil(p[None] * 2 - 1)[0] for p in render(SCENES[:4], 64)[0]]
-    prompts = [caption(scene) for scene in SCENES[:4]]
+    pictures = [to_pil(p[None] * 2 - 1)[0] for p in render(SCENES[:3], embedded.backbone.native_size[0])[0]]
+    prompts = [caption(scene) for scene in SCENES[:3]]
     return {m: reconstruct(embedded, pictures, prompts, m, 20) for m in ("ddim", "easyinv", "fixed_point")}
 
 
 @pytest.fixture(scope="module")
 def shape_edits(embedded: EditPipeline) -> dict[str, Outcome]:
     critic = judge.load(embedded_folder() / "judge.safetensors")
-    outcomes, _ = run_task(embedded, critic, make_cases(TASKS[0], SCENES, 8), num_inference_steps=15)
+    outcomes, _ = run_task(embedded, critic, make_cases(TASKS[0], SCENES, 6), num_inference_steps=12)
     return {outcome.method: outcome for outcome in outcomes}
 
 
@@ -56,7 +57,7 @@ def test_masactrl_carries_over_what_the_prompts_leave_unsaid(shape_edits: dict[s
 
 
 def test_a_pinned_source_is_the_autoencoders_round_trip(embedded: EditPipeline) -> None:
-    picture = to_pil(render(SCENES[:1], 64)[0] * 2 - 1)[0]
+    picture = to_pil(render(SCENES[:1], embedded.backbone.native_size[0])[0] * 2 - 1)[0]
     result = embedded(picture, "a small cube", num_inference_steps=10)
     assert result.quality["psnr"] == pytest.approx(result.quality["vae_psnr"], abs=0.01)
     assert result.quality["psnr"] > 24
@@ -67,12 +68,18 @@ def test_the_folder_is_an_ordinary_model_of_at_most_30_megabytes(embedded: EditP
     pipe = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a red ball", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    assert picture.shape == (1, 3, 64, 64)
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 30e6
+    assert picture.shape == (1, 3, 128, 128)
+    ours = {folder / "judge.safetensors", folder / "training.json", folder / "README.md"}
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path not in ours) <= 30e6
 
 
-def test_the_training_record_says_how_the_weights_were_made(embedded: EditPipeline) -> None:
-    record = json.loads((embedded_folder() / "training.json").read_text())
+def whole(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the stages of the models that it went on from."""
+    return {**whole(record["start"]), **record} if "start" in record else record
+
+
+def test_the_training_record_says_how_the_weights_were_made() -> None:
+    record = whole(json.loads((embedded_folder() / "training.json").read_text()))
     assert record["autoencoder"]["object_psnr"] >= 24
     for stage in ("autoencoder", "unet", "judge"):
         assert record[stage]["samples"] > 0
