@@ -39,6 +39,7 @@ WORLDS: dict[str, Callable[[int], Scene]] = {"single solids": random_scene, "wid
 GUIDANCE = (3.0, 5.0)
 SAMPLES = 8
 """Samples of each world and guidance for every scene of the other measurements: reading words takes many."""
+SAMPLE_STEPS = 25
 BATCH = 50
 Report = Callable[[str], None]
 Piece = tuple[str, str, Callable[[], Any]]
@@ -165,8 +166,8 @@ def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: in
 
 
 def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[Piece]:
-    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's
-    samples of full captions (T = 25), and the kernel distance of each from renders of other scenes, in the judge's features."""
+    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's samples
+    of full captions (T = `SAMPLE_STEPS`), and the kernel distance of each from renders of other scenes, in the judge's features."""
     size, first = pipe.backbone.native_size[0], HELD_OUT + 1_000_000 + 100_000 * number
     for world, make in WORLDS.items():
         scenes = [make(first + i) for i in range(count)]
@@ -197,7 +198,7 @@ def _draw(pipe: EditPipeline, scenes: list[Scene], scale: float, seed: int) -> T
     stock = pipe.backbone.pipe
     stock.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    options = {"num_inference_steps": 25, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
+    options = {"num_inference_steps": SAMPLE_STEPS, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
     prompts = [caption(scene) for scene in scenes]
     parts = [stock(prompts[i : i + BATCH], **options).images.float().cpu() for i in range(0, len(prompts), BATCH)]
     return torch.cat(parts)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from easyinv_edit.errors import InputError, ModelError
+from easyinv_edit.evaluation import tabletop
 from easyinv_edit.evaluation.ground_truth import TASKS
 from easyinv_edit.evaluation.tabletop import GUIDANCE, HELD_OUT, SAMPLED_BACK, SAMPLES, WORLDS, _distance, evaluate
 from easyinv_edit.evaluation.tabletop_tables import text
@@ -22,20 +23,25 @@ from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import random_scene
 
 
+@pytest.fixture(autouse=True)
+def few_sample_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tabletop, "SAMPLE_STEPS", 2)
+
+
 def quiet(_line: str) -> None:
     pass
 
 
 def test_a_model_without_a_judge_is_refused(untrained_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no judge\.safetensors"):
-        evaluate(str(untrained_folder), tmp_path, 1, 8, quiet)
+        evaluate(str(untrained_folder), tmp_path, 1, 6, quiet)
 
 
 def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path, tmp_path: Path) -> None:
     model = shutil.copytree(untrained_folder, tmp_path / "model")
     torch.manual_seed(0)
     judge.save(judge.Judge(), model / "judge.safetensors")
-    report = evaluate(str(model), tmp_path / "report", 1, 8, quiet, sets=2, samples=3)
+    report = evaluate(str(model), tmp_path / "report", 1, 6, quiet, sets=2, samples=3)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert len(report["sets"]) == 2
     for given in report["sets"]:
@@ -52,7 +58,7 @@ def test_one_scene_is_enough_for_every_table_and_picture(untrained_folder: Path,
     rows = [line for line in text(report).splitlines() if line.startswith("|") and not line.startswith("|---")]
     assert len(rows) == 4 + 2 + len(given["samples"]) + len(SAMPLED_BACK) + len(TASKS) * (2 + len(METHODS))
     assert all("±" in row for row in rows if "fixed_point" in row)
-    assert report["one edit"]["evaluations"] == 8 + 2 * 8 + 2 * 7, "EasyInv; the target's rows; from step 2 the source's"
+    assert report["one edit"]["evaluations"] == 6 + 2 * 6 + 2 * 5, "EasyInv; the target's rows; from step 1 the source's"
     assert "; one edit " in text(report)
 
 
@@ -68,7 +74,7 @@ def test_the_distance_from_renders_does_not_depend_on_the_scale_of_a_judges_feat
 
 def test_another_models_judge_reads_the_pictures(untrained_folder: Path, tmp_path: Path) -> None:
     """The embedded one by its name; and prompt-only edits have no gain over themselves."""
-    given = evaluate(str(untrained_folder), tmp_path, 1, 8, quiet, judge_of="embedded")["sets"][0]
+    given = evaluate(str(untrained_folder), tmp_path, 1, 6, quiet, judge_of="embedded")["sets"][0]
     scenes = [random_scene(HELD_OUT + 1_000_000 + i) for i in range(SAMPLES)]
     read = judge.accuracy(judge.load(embedded_folder() / judge.FILE), render(scenes, 64)[0], scenes)
     assert {**given["samples"]["single solids, rendered"], **read} == given["samples"]["single solids, rendered"]
@@ -82,7 +88,7 @@ def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Pa
     """What is there is not measured again: only parts that are missing are told, and a changed one stays."""
     told: list[str] = []
 
-    def measure(steps: int = 8) -> Any:
+    def measure(steps: int = 6) -> Any:
         told.clear()
         return evaluate(str(untrained_folder), tmp_path, 1, steps, told.append, samples=2, judge_of="embedded")
 
@@ -104,4 +110,4 @@ def test_a_report_cut_short_is_gone_on_with(untrained_folder: Path, tmp_path: Pa
     measure()
     assert told == []
     with pytest.raises(InputError, match=r"holds another run .*other values of steps"):
-        measure(steps=9)
+        measure(steps=7)
