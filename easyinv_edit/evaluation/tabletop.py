@@ -166,8 +166,9 @@ def _autoencoder(pipe: EditPipeline, judge: judging.Judge, first: int, count: in
 
 
 def _samples(pipe: EditPipeline, judge: judging.Judge, number: int, count: int, folder: Path) -> Iterator[Piece]:
-    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's samples
-    of full captions (T = `SAMPLE_STEPS`), and the kernel distance of each from renders of other scenes, in the judge's features."""
+    """A row for each world and what is looked at in it: what the judge reads rightly in renders and in the stock pipeline's
+    samples of full captions (T = `SAMPLE_STEPS`), and the kernel distance of each from renders of other scenes, in the
+    judge's features."""
     size, first = pipe.backbone.native_size[0], HELD_OUT + 1_000_000 + 100_000 * number
     for world, make in WORLDS.items():
         scenes = [make(first + i) for i in range(count)]
