@@ -11,10 +11,16 @@ from torch.nn import functional
 from attention_control.cross_maps import CrossMaps
 from attention_control.masks import RouteMask, resized
 
+TOUCHED = 0.01
+"""Share of a latent's cell that makes it foreground: above the noise of a compressed mask."""
+
 
 @dataclass(frozen=True)
 class KeepBackground:
-    """Outside the foreground of source and target together, the source's latents."""
+    """Outside the foreground of source and target together, the source's latents.
+
+    A cell that either only touches is the target's altogether: mixed at every step, it would be pulled to the source's outline.
+    """
 
     mask: RouteMask
 
@@ -32,8 +38,8 @@ class KeepBackground:
             if not known:
                 rows.append(z)
                 continue
-            inside = torch.stack([m.to(z) for m in known]).amax(0)
-            rows.append(torch.lerp(source[0], z, inside))
+            inside = torch.stack([m.to(z.device) for m in known]).amax(0) >= TOUCHED
+            rows.append(torch.where(inside, z, source[0]))
         return torch.stack(rows)
 
 

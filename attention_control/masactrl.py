@@ -40,10 +40,9 @@ class MasaCtrl:
 
     source_mask, target_mask: pictures (white is foreground) or arrays; or by words of the prompts: source_words, and
     target_words, one text that stands in every target prompt or a list of one for each, with mask_threshold in [0, 1] of their
-    scaled cross-attention. Without a source mask
-    the foreground reads everything; without a target mask everything is foreground. keep_background: outside the masks the
-    source's latents are put back after every step, which keeps it exactly. Cost: the source's row at every controlled step, at
-    all of them with words or keep_background.
+    scaled cross-attention. Without a source mask the foreground reads everything; without a target mask everything is
+    foreground. keep_background: in cells of the latent that no mask touches the source's latents are put back after every step,
+    which keeps them exactly. Cost: the source's row at every controlled step, at all of them with words or keep_background.
     """
 
     start_step: Step = 0.08
