@@ -39,13 +39,12 @@ PINNED = pytest.mark.parametrize("pinned", [True, False])
 SECOND = pytest.mark.parametrize(
     ("bench", "inversion", "controller", "pinned"),
     [
-        (family, *pair, pinned)
+        pytest.param(family, *pair, pinned, marks=() if family != "sdxl" or pair in SOME else pytest.mark.slow)
         for family, pair, pinned in product(FAMILIES, product(INVERSIONS, CONTROLLERS), (True, False))
-        if family != "sdxl" or pinned or pair in SOME
     ],
     indirect=["bench"],
 )
-"""Every pair on every family, pinned and not; on SDXL, whose 70 sites take most of the time, only some that are not pinned."""
+"""Every pair on every family, pinned and not; on SDXL, whose 70 sites take most of the time, some of them only by `-m slow`."""
 
 
 def steps_of(inversion: str) -> int:
