@@ -16,5 +16,4 @@ def working(device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device) -> torch.autocast:
     """A context in which a model on `device` runs in the working format."""
-    dtype = working(device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=working(device) == torch.bfloat16)
