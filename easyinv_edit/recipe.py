@@ -54,13 +54,14 @@ def _default(name: str) -> Any:
 class EditRecipe:
     """One edit. Keys are the argument names of `EditPipeline`.
 
-    model: a folder, a hub name, "embedded", or a name from `models list`, whose recommended keys are then the defaults of this
-    recipe; schedule: what of the scheduler's configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub
-    name, and its strength; low_memory: see `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered
-    tabletop scene; style: a second picture, for controllers that read one, with its prompt; prompts: one or more target
-    prompts; inversion, control: a name and that method's settings; source_features: a name, or {name: exact, dtype: float16,
-    device: cpu, max_bytes: 100000000}; that and batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size:
-    one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and result.json.
+    model: a folder, a hub name, or a name from `models list`, whose recommended keys `read` and `parse` then take as defaults
+    instead of those below, also where a recipe names no model and is the embedded one's; schedule: what of the scheduler's
+    configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub name, and its strength; low_memory: see
+    `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered tabletop scene; style: a second picture, for
+    controllers that read one, with its prompt; prompts: one or more target prompts; inversion, control: a name and that
+    method's settings; source_features: a name, or {name: exact, dtype: float16, device: cpu, max_bytes: 100000000}; that and
+    batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size: one side, or [height, width], in pixels, by
+    default the model's own; output: the folder for pictures and result.json.
     """
 
     model: str = "embedded"
@@ -148,7 +149,7 @@ def parse(
     refuse_all(found)
     asked_again = [] if "image" in (values or {}) else [((key,), DECIDED) for key in decided_keys(content) if key in content]
     content = {**content, **(values or {})}
-    content = _with_names({**_recommended(content.get("model")), **content})
+    content = _with_names({**_recommended(content.get("model", EditRecipe.model)), **content})
     problems_found = sorted([*_check(content), *asked_again], key=lambda item: place_of(item[0], places))
     refuse_all([problem_at(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)

@@ -35,15 +35,12 @@ def quiet_libraries() -> None:
 def untrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion model folder with the embedded model's structure at a quarter of its width, 64 pixels at factor 4:
     random weights, float32. What the vocabulary holds does not change the networks."""
-    from diffusers import UNet2DConditionModel
-
     from easyinv_edit.tabletop import networks
-    from tests.models import small_autoencoder
+    from tests.models import narrow_unet, small_autoencoder
 
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(5)  # a draw on which the fixed-point iteration contracts within the few steps that tests take
-    config = {**networks.build_unet().config, "block_out_channels": (16, 24, 32, 24)}
-    unet, autoencoder = UNet2DConditionModel.from_config(config), small_autoencoder()
+    unet, autoencoder = narrow_unet(), small_autoencoder()
     folder = tmp_path_factory.mktemp("untrained")
     networks.build_pipeline(autoencoder, networks.build_text_encoder(tokenizer), tokenizer, unet).save_pretrained(folder)
     return folder

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from easyinv_edit.tabletop.networks import build_tokenizer
+from easyinv_edit.tabletop.networks import build_autoencoder, build_tokenizer, build_unet
 
 WIDTH = 16
 """Of the text embeddings; SDXL's are twice as wide."""
@@ -122,6 +122,17 @@ def sdxl(seed: int = 0, *, zeros: bool = True, **unet: Any) -> StableDiffusionXL
 
 FAMILIES: dict[str, Callable[[], Any]] = {"sd": sd, "sd-v": sd_v, "sdxl": sdxl}
 """What the contract tests run over."""
+
+
+def narrow_unet() -> UNet2DConditionModel:
+    """The embedded model's UNet at a quarter of its width."""
+    config = {**build_unet().config, "block_out_channels": (16, 24, 32, 24)}
+    return UNet2DConditionModel.from_config(config)
+
+
+def narrow_autoencoder() -> AutoencoderKL:
+    """The embedded model's autoencoder at a quarter of its width."""
+    return AutoencoderKL.from_config({**build_autoencoder().config, "block_out_channels": (8, 16, 24, 32)})
 
 
 def small_autoencoder() -> AutoencoderKL:

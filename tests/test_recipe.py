@@ -55,8 +55,11 @@ def only(text: str, *overrides: str) -> str:
     return found[0]
 
 
-def test_an_empty_file_is_the_default_recipe() -> None:
-    assert parse("") == parse("# nothing\n") == parse("{}") == EditRecipe()
+def test_an_empty_file_is_the_embedded_models_recipe() -> None:
+    assert parse("") == parse("# nothing\n") == parse("{}") == parse("model: embedded")
+    recommended = {"size": 128, "guidance_scale": 3, "control": parse("model: embedded").control}
+    assert parse("") == dataclasses.replace(EditRecipe(), **recommended)
+    assert parse("").control["strength"] == 0.7
     assert EditRecipe().inversion == {"name": "easyinv"}
     assert EditRecipe().control == {"name": "masactrl"}
 

@@ -94,14 +94,15 @@ class StableDiffusion:
     def predict(self, z: Tensor, timestep: int | Tensor, conditioning: Conditioning) -> Tensor:
         """Raw UNet output (rows, C, H, W) in the latents' dtype; timestep: one for all rows, or (rows,)."""
         unet = self.pipe.unet
+        dtype = unet.dtype  # asked once: diffusers looks through every parameter for it
         label = torch.as_tensor(timestep, device=z.device)
         added = self.added(conditioning)
         inputs = guests.residuals(self.pipe, z, label, conditioning, added) | guests.guidance_embedding(self.pipe, conditioning)
         if conditioning.images:
-            added["image_embeds"] = [image.to(z.device, unet.dtype) for image in conditioning.images]
-        text = conditioning.embeddings.to(unet.dtype)
+            added["image_embeds"] = [image.to(z.device, dtype) for image in conditioning.images]
+        text = conditioning.embeddings.to(dtype)
         inputs |= {"added_cond_kwargs": added} if added else {}
-        return unet(z.to(unet.dtype), label, encoder_hidden_states=text, return_dict=False, **inputs)[0].to(z.dtype)
+        return unet(z.to(dtype), label, encoder_hidden_states=text, return_dict=False, **inputs)[0].to(z.dtype)
 
     def added(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the family adds to the text: nothing here."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from easyinv_edit.evaluation.ground_truth import Case
 from easyinv_edit.evaluation.metrics import psnr
+from easyinv_edit.evaluation.variants import CONTROLS
 from easyinv_edit.images import to_pil, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.tabletop.judge import Judge, shown
@@ -24,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random noise, plain": {"control": "none", "noise_mix": 1.0},
     "inverted, plain": {"control": "none"},
     "inverted, masactrl": {"control": "masactrl"},
-    "inverted, masactrl .7": {"control": {"name": "masactrl", "strength": 0.7}},
+    "inverted, masactrl .7": {"control": CONTROLS["masactrl, union .7"]},
 }
 """What is compared; keyword arguments of `EditPipeline.edit`."""
 BASELINE = "inverted, plain"

@@ -33,18 +33,29 @@ ROUTED: dict[str, dict[str, Any]] = {
 """Settings with which a controller acts from the first of so few steps and leaves the source alone."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
-SOME = [*product(INVERSIONS, ("none", "masactrl")), *(("edict", c) for c in CONTROLLERS)]
-SOME_PAIRS = pytest.mark.parametrize(("inversion", "controller"), SOME)
+EVERY = [*product(INVERSIONS, CONTROLLERS)]
+SOME: dict[str, set[tuple[str, str]]] = {
+    "sd": {*product(INVERSIONS, ("none", "masactrl")), *product(("edict",), CONTROLLERS)},
+    "sd-v": {*product(INVERSIONS, ("masactrl",)), *product(("edict",), CONTROLLERS)},
+    "sdxl": {*product(INVERSIONS, ("masactrl",)), *product(("ddim",), CONTROLLERS)},
+}
+"""By family, pairs in which every method and every controller stands, one of them beside all rows of the other registry: on
+SDXL, whose 70 sites take their time, it is not EDICT, which evaluates pairs of latents at more steps."""
+SOME_PAIRS = pytest.mark.parametrize(
+    ("bench", "inversion", "controller"),
+    [(family, *pair) for family, some in SOME.items() for pair in EVERY if pair in some],
+    indirect=["bench"],
+)
 PINNED = pytest.mark.parametrize("pinned", [True, False])
 SECOND = pytest.mark.parametrize(
     ("bench", "inversion", "controller", "pinned"),
     [
-        pytest.param(family, *pair, pinned, marks=() if family != "sdxl" or pair in SOME else pytest.mark.slow)
-        for family, pair, pinned in product(FAMILIES, product(INVERSIONS, CONTROLLERS), (True, False))
+        pytest.param(family, *pair, pinned, marks=() if family == "sd" or pair in SOME[family] else pytest.mark.slow)
+        for family, pair, pinned in product(FAMILIES, EVERY, (True, False))
     ],
     indirect=["bench"],
 )
-"""Every pair on every family, pinned and not; on SDXL, whose 70 sites take most of the time, some of them only by `-m slow`."""
+"""Every pair on every family, pinned and not; most of them only by `-m slow` where the family is not SD 1.x."""
 
 
 def steps_of(inversion: str) -> int:
