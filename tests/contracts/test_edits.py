@@ -33,6 +33,7 @@ ROUTED: dict[str, dict[str, Any]] = {
 """Settings with which a controller acts from the first of so few steps and leaves the source alone."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
+SLOW = pytest.mark.slow
 EVERY = [*product(INVERSIONS, CONTROLLERS)]
 SOME: dict[str, set[tuple[str, str]]] = {
     "sd": {*product(INVERSIONS, ("none", "masactrl")), *product(("edict",), CONTROLLERS)},
@@ -50,12 +51,12 @@ PINNED = pytest.mark.parametrize("pinned", [True, False])
 SECOND = pytest.mark.parametrize(
     ("bench", "inversion", "controller", "pinned"),
     [
-        pytest.param(family, *pair, pinned, marks=() if family == "sd" or pair in SOME[family] else pytest.mark.slow)
+        pytest.param(family, *pair, pinned, marks=() if (family, pinned) == ("sd", True) or pair in SOME[family] else SLOW)
         for family, pair, pinned in product(FAMILIES, EVERY, (True, False))
     ],
     indirect=["bench"],
 )
-"""Every pair on every family, pinned and not; most of them only by `-m slow` where the family is not SD 1.x."""
+"""Every pair on every family, pinned and not: on SD 1.x each of them pinned, else those of `SOME`; the rest by `-m slow`."""
 
 
 def steps_of(inversion: str) -> int:
