@@ -24,7 +24,8 @@ def regimes(
 ) -> None:
     """Compare EasyInv with DDIM inversion, sampled back, over guidance scales, T, eta, windows and backgrounds.
 
-    Writes a table and JSON, after every line anew.
+    Writes a table and JSON, after every line anew. In a folder that holds a part of the same comparison, also one at other
+    values of T, only what is missing is measured.
     """
     from easyinv_edit.cli_bench import _steps
 
@@ -32,6 +33,7 @@ def regimes(
     terminal.require_writable(Path(output))
     terminal.settle(quiet)
     from easyinv_edit.evaluation import regimes as bench
+    from easyinv_edit.evaluation.ledger import Ledger
     from easyinv_edit.pipeline import EditPipeline
     from easyinv_edit.result import versions, write_text
 
@@ -43,10 +45,12 @@ def regimes(
     pipe.set_progress_bar_config(disable=True)
     given = bench.scenes(scenes, pipe.backbone.native_size[0])
     rows: list[dict[str, Any]] = []
-    request = {"model": model, "scenes": scenes, "steps": list(counts), "white": sum(given.white), "batch": batch}
-    for row in bench.measure(pipe, given, counts, batch, report):
+    request = {"model": model, "identity": pipe.backbone.identity(), "scenes": scenes, "versions": versions()}
+    ledger = Ledger(Path(output), request, bench.KEY)
+    request |= {"steps": list(counts), "white": sum(given.white), "batch": batch}
+    for row in bench.measure(pipe, given, counts, batch, ledger, report):
         rows.append(row)
-        content = {"request": request, "versions": versions(), "rows": rows}
+        content = {"request": request, "rows": rows}
         write_text(Path(output) / "regimes.json", json.dumps(content, indent=2) + "\n")
         write_text(Path(output) / "regimes.md", bench.text(rows) + "\n")
     terminal.show(rows, quiet, json_, bench.text)

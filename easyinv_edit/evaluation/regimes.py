@@ -10,6 +10,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 
 from easyinv_edit.errors import EasyInvWarning
 from easyinv_edit.evaluation.benchmark import FIRST_SEED
+from easyinv_edit.evaluation.ledger import Ledger
 from easyinv_edit.evaluation.markdown import table
 from easyinv_edit.evaluation.metrics import psnr
 from easyinv_edit.images import to_pil, to_unit
@@ -39,6 +41,8 @@ SETTINGS: tuple[tuple[float, tuple[float, float]], ...] = (
     (0.8, (0.85, 0.95)),
 )
 """(eta, window): the second is EasyInv's default for SD models, the last for SDXL."""
+KEY = ("steps", "invert", "method")
+"""What tells the inversions of a `Ledger` apart."""
 FLIPS = 10_000
 """Random signs of the paired test: p is known to about 1e-4."""
 Report = Callable[[str], None]
@@ -60,22 +64,30 @@ def scenes(count: int, size: int) -> Pictures:
     return Pictures(pictures, [caption(scene) for scene in made], [scene.background == "white" for scene in made])
 
 
-def measure(pipe: EditPipeline, given: Pictures, steps: Sequence[int], batch: int, report: Report) -> Iterator[dict[str, Any]]:
+def measure(
+    pipe: EditPipeline, given: Pictures, steps: Sequence[int], batch: int, ledger: Ledger, report: Report
+) -> Iterator[dict[str, Any]]:
     """A row for every T, pair of guidance scales and setting, those of one inversion at a time.
 
     Each holds the mean dB of DDIM inversion against the autoencoder's round trip, and, for all, white and other backgrounds,
-    the mean difference of EasyInv in dB, its standard error and p of `paired_test`, two-sided.
+    the mean difference of EasyInv in dB, its standard error and p of `paired_test`, two-sided. ledger: by `KEY`; what it holds
+    is not measured again.
     """
-    for count in steps:
-        for invert in GUIDANCE:
-            report(f"T = {count}, inverted at guidance {invert:g}: ddim")
-            plain = _sampled_back(pipe, given, "ddim", count, invert, batch)
-            for eta, window in SETTINGS:
-                report(f"T = {count}, inverted at guidance {invert:g}: eta {eta:g}, window {window[0]:g}-{window[1]:g}")
-                found = _sampled_back(pipe, given, EasyInv(eta=eta, window=window), count, invert, batch)
-                for sample, values in found.items():
-                    facts = {"steps": count, "invert": invert, "sample": sample, "eta": eta, "window": list(window)}
-                    yield facts | compared(plain[sample], values, given.white)
+
+    def sampled_back(method: str | EasyInv, name: str) -> list[list[float]]:
+        key = {"steps": count, "invert": invert, "method": name}
+        if not ledger.holds(**key):
+            report(f"T = {count}, inverted at guidance {invert:g}: {name}")
+            ledger.add([{**key, "psnr": _sampled_back(pipe, given, method, count, invert, batch)}])
+        return next(row["psnr"] for row in ledger.rows if key.items() <= row.items())
+
+    for count, invert in product(steps, GUIDANCE):
+        plain = sampled_back("ddim", "ddim")
+        for eta, window in SETTINGS:
+            found = sampled_back(EasyInv(eta=eta, window=window), f"eta {eta:g}, window {window[0]:g}-{window[1]:g}")
+            for sample, ours, theirs in zip(GUIDANCE[invert], found, plain, strict=True):
+                facts = {"steps": count, "invert": invert, "sample": sample, "eta": eta, "window": list(window)}
+                yield facts | compared(theirs, ours, given.white)
 
 
 def compared(plain: Sequence[float], values: Sequence[float], white: Sequence[bool]) -> dict[str, Any]:
@@ -112,9 +124,9 @@ def paired_test(differences: Sequence[float], flips: int = FLIPS) -> float:
 @torch.no_grad()
 def _sampled_back(
     pipe: EditPipeline, given: Pictures, method: str | EasyInv, steps: int, invert: float, batch: int
-) -> dict[float, list[float]]:
-    """dB of each picture against the autoencoder's round trip, by the guidance scale of sampling."""
-    values: dict[float, list[float]] = {scale: [] for scale in GUIDANCE[invert]}
+) -> list[list[float]]:
+    """dB of each picture against the autoencoder's round trip, for each guidance scale of sampling."""
+    values: list[list[float]] = [[] for _ in GUIDANCE[invert]]
     for i in range(0, len(given.pictures), batch):
         part = slice(i, i + batch)
         with warnings.catch_warnings():
@@ -123,8 +135,8 @@ def _sampled_back(
                 given.pictures[part], given.prompts[part], method, num_inference_steps=steps, guidance_scale=invert
             )
         ceilings = [_decoded(pipe, row.clean) for row in rows]
-        for scale in GUIDANCE[invert]:
-            values[scale] += [psnr(a, b) for a, b in zip(_back(pipe, rows, scale), ceilings, strict=True)]
+        for found, scale in zip(values, GUIDANCE[invert], strict=True):
+            found += [psnr(a, b) for a, b in zip(_back(pipe, rows, scale), ceilings, strict=True)]
     return values
 
 
