@@ -4,6 +4,7 @@ Stable Diffusion with epsilon and with v prediction (16 attention sites) and on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,23 +36,14 @@ ROUTED: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 SLOW = pytest.mark.slow
 EVERY = [*product(INVERSIONS, CONTROLLERS)]
-SOME: dict[str, set[tuple[str, str]]] = {
-    "sd": {*product(INVERSIONS, ("none", "masactrl")), *product(("edict",), CONTROLLERS)},
-    "sd-v": {*product(INVERSIONS, ("masactrl",)), *product(("edict",), CONTROLLERS)},
-    "sdxl": {*product(INVERSIONS, ("masactrl",)), *product(("ddim",), CONTROLLERS)},
-}
-"""By family, pairs in which every method and every controller stands, one of them beside all rows of the other registry: on
-SDXL, whose 70 sites take their time, it is not EDICT, which evaluates pairs of latents at more steps."""
-SOME_PAIRS = pytest.mark.parametrize(
-    ("bench", "inversion", "controller"),
-    [(family, *pair) for family, some in SOME.items() for pair in EVERY if pair in some],
-    indirect=["bench"],
-)
+SOME = {*product(INVERSIONS, ("masactrl",)), *product(("ddim",), CONTROLLERS)}
+"""Pairs in which every method and every controller stands."""
+SOME_PAIRS = pytest.mark.parametrize(("inversion", "controller"), [pair for pair in EVERY if pair in SOME])
 PINNED = pytest.mark.parametrize("pinned", [True, False])
 SECOND = pytest.mark.parametrize(
     ("bench", "inversion", "controller", "pinned"),
     [
-        pytest.param(family, *pair, pinned, marks=() if (family, pinned) == ("sd", True) or pair in SOME[family] else SLOW)
+        pytest.param(family, *pair, pinned, marks=() if (family, pinned) == ("sd", True) or pair in SOME else SLOW)
         for family, pair, pinned in product(FAMILIES, EVERY, (True, False))
     ],
     indirect=["bench"],
@@ -120,11 +112,17 @@ class Bench:
         return self.edits[key]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def bench(request: pytest.FixtureRequest) -> Bench:
-    pipe = EditPipeline.from_pipe(FAMILIES[request.param]())
+@cache
+def opened(family: str) -> Bench:
+    """One for all tests, in whatever order they run."""
+    pipe = EditPipeline.from_pipe(FAMILIES[family]())
     pipe.set_progress_bar_config(disable=True)
     return Bench(pipe)
+
+
+@pytest.fixture(params=FAMILIES)
+def bench(request: pytest.FixtureRequest) -> Bench:
+    return opened(request.param)
 
 
 def test_the_families_have_the_published_numbers_of_sites(bench: Bench) -> None:
