@@ -163,15 +163,15 @@ WINDOW = {"sites": "1-", "start_step": 3, "stop_step": 6}
 POINTED = {"source_words": "red", "target_words": "red", "mask_threshold": 0.4}
 COMPILED: dict[str, tuple[Any, list[int]]] = {
     "masactrl": (MasaCtrl(**WINDOW), [3, 4, 5]),
-    "masactrl, words from the first step": (MasaCtrl(sites="0-", start_step=0, stop_step=6, **POINTED), [*range(6)]),
     "prompt_to_prompt": (PromptToPrompt(sites="0-", **FOLLOWING, **BLENDED), [*range(6)]),
     "plug_and_play": (PlugAndPlay(sites="0-", feature=FEATURE, feature_stop_step=6), [*range(6)]),
-    "object_add": (ObjectAdd("ball", (0.25, 0.25, 0.75, 0.75)), [*range(4)]),
 }
-"""Those that look at more than routes, with the steps that they must move."""
-ROUTES_ALONE: dict[str, tuple[Any, list[int]]] = {
+"""One that changes routes alone, and two that look at more, with the steps that they must move."""
+OTHERS: dict[str, tuple[Any, list[int]]] = {
     "masactrl, union": (MasaCtrl(**WINDOW, strength=0.5), [3, 4, 5]),
     "masactrl, masks": (MasaCtrl(**WINDOW, source_mask=torch.eye(16), target_mask=torch.eye(16)), [3, 4, 5]),
+    "masactrl, words from the first step": (MasaCtrl(sites="0-", start_step=0, stop_step=6, **POINTED), [*range(6)]),
+    "object_add": (ObjectAdd("ball", (0.25, 0.25, 0.75, 0.75)), [*range(4)]),
     "masactrl, words": (MasaCtrl(**WINDOW, **POINTED, keep_background=True), [3, 4, 5]),
     "structure": (Structure(sites="0-", stop_step=6), [*range(6)]),
     "style_aligned": (StyleAligned(stop_step=6), [*range(6)]),
@@ -189,7 +189,7 @@ def test_a_controlled_run_compiles_to_three_graphs_at_most(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("controller", "acting"), ROUTES_ALONE.values(), ids=ROUTES_ALONE.keys())
+@pytest.mark.parametrize(("controller", "acting"), OTHERS.values(), ids=OTHERS.keys())
 def test_every_other_controller_compiles_to_three_graphs_at_most(
     graphs: list[fx.GraphModule], controller: Any, acting: list[int]
 ) -> None:
@@ -199,7 +199,7 @@ def test_every_other_controller_compiles_to_three_graphs_at_most(
 
 
 def test_every_controller_is_compiled() -> None:
-    assert {controller.name for controller, _ in (COMPILED | ROUTES_ALONE).values()} == CONTROLLERS.keys() - {"none"}
+    assert {controller.name for controller, _ in (COMPILED | OTHERS).values()} == CONTROLLERS.keys() - {"none"}
 
 
 def test_kept_source_features_are_read_without_another_graph_for_every_step(graphs: list[fx.GraphModule]) -> None:
