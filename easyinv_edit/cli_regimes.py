@@ -45,7 +45,7 @@ def regimes(
     pipe.set_progress_bar_config(disable=True)
     given = bench.scenes(scenes, pipe.backbone.native_size[0])
     rows: list[dict[str, Any]] = []
-    request = {"model": model, "identity": pipe.backbone.identity(), "scenes": scenes, "versions": versions()}
+    request = {"model": model, "weights": pipe.backbone.identity()["probe"], "scenes": scenes, "versions": versions()}
     ledger = Ledger(Path(output), request, bench.KEY)
     request |= {"steps": list(counts), "white": sum(given.white), "batch": batch}
     for row in bench.measure(pipe, given, counts, batch, ledger, report):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ class Ledger:
     def holds(self, **key: Any) -> bool:
         """Whether the result of these values is there; every field of the key must be given."""
         return tuple(key[name] for name in self.key) in self._seen
+
+    def figures(self, measure: Callable[[], Any], tell: Callable[[], object], **key: Any) -> Any:
+        """What `measure` gives under these values of the key: from the ledger, or, after `tell`, measured and kept there."""
+        if not self.holds(**key):
+            tell()
+            self.add([{**key, "figures": measure()}])
+        return next(row["figures"] for row in self.rows if key.items() <= row.items())
 
     def _take(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Remember the rows that are not there yet, and return them."""

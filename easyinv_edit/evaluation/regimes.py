@@ -10,6 +10,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -75,11 +76,10 @@ def measure(
     """
 
     def sampled_back(method: str | EasyInv, name: str) -> list[list[float]]:
-        key = {"steps": count, "invert": invert, "method": name}
-        if not ledger.holds(**key):
-            report(f"T = {count}, inverted at guidance {invert:g}: {name}")
-            ledger.add([{**key, "psnr": _sampled_back(pipe, given, method, count, invert, batch)}])
-        return next(row["psnr"] for row in ledger.rows if key.items() <= row.items())
+        tell = partial(report, f"T = {count}, inverted at guidance {invert:g}: {name}")
+        measured = partial(_sampled_back, pipe, given, method, count, invert, batch)
+        values: list[list[float]] = ledger.figures(measured, tell, steps=count, invert=invert, method=name)
+        return values
 
     for count, invert in product(steps, GUIDANCE):
         plain = sampled_back("ddim", "ddim")

@@ -88,11 +88,8 @@ def _measured(ledger: Ledger, number: int, pieces: Iterable[Piece], report: Repo
     """What a set's pieces give, by part and name; only those that the ledger lacks are measured."""
     content: dict[str, Any] = {}
     for part, name, measure in pieces:
-        key = {"set": number, "part": part, "name": name}
-        if not ledger.holds(**key):
-            report(": ".join(filter(None, (f"set {number}" if number else "", part, name))))
-            ledger.add([{**key, "figures": measure()}])
-        figures = next(row["figures"] for row in ledger.rows if key.items() <= row.items())
+        line = ": ".join(filter(None, (f"set {number}" if number else "", part, name)))
+        figures = ledger.figures(measure, partial(report, line), set=number, part=part, name=name)
         content |= {part: {**content.get(part, {}), name: figures}} if name else {part: figures}
     return content
 

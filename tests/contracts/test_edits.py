@@ -1,5 +1,6 @@
-"""What an edit promises whatever the model family, the inversion method and the controller: every pair of registered rows, on
-Stable Diffusion with epsilon and with v prediction (16 attention sites) and on SDXL (70)."""
+"""What an edit promises whatever the model family, the inversion method and the controller: every method and every
+controller on Stable Diffusion with epsilon and with v prediction (16 attention sites) and on SDXL (70); every pair of them on
+the first, and with `-m slow` on all."""
 
 from __future__ import annotations
 
@@ -36,9 +37,11 @@ ROUTED: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 SLOW = pytest.mark.slow
 EVERY = [*product(INVERSIONS, CONTROLLERS)]
-SOME = {*product(INVERSIONS, ("masactrl",)), *product(("ddim",), CONTROLLERS)}
+SOME = [pair for pair in EVERY if pair[0] == "ddim" or pair[1] == "masactrl"]
 """Pairs in which every method and every controller stands."""
-SOME_PAIRS = pytest.mark.parametrize(("inversion", "controller"), [pair for pair in EVERY if pair in SOME])
+MORE = [pair for pair in EVERY if (pair[0] == "edict" or pair[1] == "none") and pair not in SOME]
+"""The same beside pairs of latents, and beside no control."""
+SOME_PAIRS = pytest.mark.parametrize(("inversion", "controller"), [*SOME, *(pytest.param(*pair, marks=SLOW) for pair in MORE)])
 PINNED = pytest.mark.parametrize("pinned", [True, False])
 SECOND = pytest.mark.parametrize(
     ("bench", "inversion", "controller", "pinned"),
