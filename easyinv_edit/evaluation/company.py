@@ -62,7 +62,7 @@ def _moved(scene: Scene) -> Pair:
 def _dressed(truth: Scene) -> Scene:
     """Another solid with the true result's look, upright in the middle."""
     shape = SHAPES[(SHAPES.index(truth.shape) + 1) % len(SHAPES)]
-    return replace(truth, shape=shape, pose="upright", size="medium", place="middle", offset=0.0, yaw=0.3)
+    return standing(replace(truth, shape=shape, pose="upright", size="medium", place="middle"), PLACES["middle"])
 
 
 _TASKS = (

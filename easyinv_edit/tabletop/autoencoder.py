@@ -124,7 +124,7 @@ def equivariant(latents: Tensor, picture: Tensor, mask: Tensor, generator: torch
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 8) -> Tensor:
     """Posterior modes of uint8 pictures: (N, 4, H / 8, W / 8) float32 on the CPU."""
     device = next(vae.parameters()).device
     return torch.cat(

@@ -10,7 +10,6 @@ from easyinv_edit.tabletop import networks
 from easyinv_edit.tabletop.captions import EMPTY_SHARE, NAMED_SHARE, caption, training_caption, vocabulary
 from easyinv_edit.tabletop.scene import (
     BESIDE,
-    JITTER,
     LOOKALIKES,
     PAIR_SHARE,
     PLACE_WEIGHTS,
@@ -40,7 +39,7 @@ def test_a_seed_keeps_its_scene_across_versions() -> None:
         yaw=-0.17034075036601398, offset=0.04699927917848189, light=-0.2815572730847683,
     )  # fmt: skip
     scene = random_scene(0)
-    assert scene == replace(early_scene(0), yaw=0.2932197498779953, offset=scene.offset)
+    assert scene == replace(early_scene(0), yaw=0.33580493746949885, offset=scene.offset)
     scene = random_scene(20_000_001)
     assert caption(scene) == "a large tilted orange and black dotted cube on a mint background"
 
@@ -78,7 +77,7 @@ def test_what_stands_in_the_wider_world_fits_into_the_picture() -> None:
 def test_a_solid_alone_stands_in_the_middle_whatever_its_shape() -> None:
     scenes = [random_scene(seed) for seed in range(300)]
     assert {scene.shape for scene in scenes} == {*SHAPES}
-    assert all(abs(middle(scene)) <= JITTER + 1e-6 for scene in scenes)
+    assert max(abs(middle(scene)) for scene in scenes) < 1e-6
     assert max(abs(middle(early_scene(seed))) for seed in range(300)) > 0.2, "a tilted cone's outline is not about its body"
 
 

@@ -93,6 +93,9 @@ def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
     assert (first / "judge.safetensors").read_bytes() == (second / "judge.safetensors").read_bytes()
     record = json.loads((second / "training.json").read_text())
     assert record["start"] == json.loads((first / "training.json").read_text())
+    configs = [path.read_text() for path in second.rglob("config.json")]
+    assert len(configs) == 3
+    assert not any(str(tmp_path) in config for config in configs), "where it was trained is nobody's business"
     assert record["unet"]["samples"] == 16
     assert not (tmp_path / "second" / "autoencoder.checkpoint").exists()
 
