@@ -35,14 +35,14 @@ class Example:
 EXAMPLES = (
     Example(
         "cube-to-ball",
-        "scene:20000069",
+        "scene:20000759",
         "a large upright cube on a white background",
         "a large upright ball on a white background",
         "ball",
     ),
     Example(
         "cube-to-cylinder",
-        "scene:20000103",
+        "scene:20000800",
         "a large upright cube on a white background",
         "a large upright cylinder on a white background",
         "cylinder",

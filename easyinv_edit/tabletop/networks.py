@@ -159,7 +159,7 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write `pipe` to `folder` as safetensors, UNet and VAE in float16 (29 MB).
 
     The text encoder stays float32: transformers loads it in the dtype it was saved in and diffusers the others in float32, so
-    that a stock pipeline loaded without a dtype would else be mixed. Nothing in the folder says where networks were loaded from.
+    that a stock pipeline loaded without a dtype would else be mixed. The folder does not say where networks came from.
     """
     for network in (pipe.unet, pipe.vae):
         network.register_to_config(_name_or_path="")

@@ -119,7 +119,7 @@ def test_outside_its_mask_a_true_edit_changes_nothing(task: object) -> None:
 
 
 def test_a_tabletop_mask_holds_both_objects_or_what_is_behind_one() -> None:
-    (shape,), (behind,) = (tabletop_edits(ALL_TASKS[name], 40, 1, 32) for name in ("shape", "background"))
+    (shape,), (behind,) = (tabletop_edits(ALL_TASKS[name], 42, 1, 32) for name in ("shape", "background"))
     objects = render([shape.case.source, shape.case.truth], 32)[1][:, 0]
     assert shape.mask is not None
     assert bool((shape.mask[(objects > 0).any(0)] == 1).all())
