@@ -4,7 +4,8 @@ A version is never changed: what would change its cases makes a new one. Version
 measured on (`bench edits --scenes 24`, which draws other scenes today); a fifth of its colour edits go to a look-alike.
 Version 2 has clear colour edits, texture edits, more scenes, and for each task scenes of its own. Version 3 has what the
 controllers of the wider world are for, `company.COMPANY`, besides, whose "move" says the place in words; it is of
-`random_scene`, the others are of `early_scene`.
+`random_scene`, the others are of `early_scene`. It is final from its first release on: until then its scenes, and with them its
+digest, follow the world that the embedded model is trained on, as the changelog says.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ FLIPPED_SHARE = 0.25
 HALVED_SHARE = 0.1
 """How often the decoder gets mirrored or halved latents and must draw the mirrored or halved picture: latents that behave as
 a picture does are easier to learn for the UNet (EQ-VAE, arXiv 2502.09509, which also turns them)."""
+AT_ONCE = 8
+"""Pictures that are encoded or decoded together: what a CPU's cache holds; more at once take longer there."""
 
 
 def to_model_range(pictures: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def equivariant(latents: Tensor, picture: Tensor, mask: Tensor, generator: torch
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 8) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = AT_ONCE) -> Tensor:
     """Posterior modes of uint8 pictures: (N, 4, H / 8, W / 8) float32 on the CPU."""
     device = next(vae.parameters()).device
     return torch.cat(
@@ -154,14 +156,11 @@ def whiten(vae: AutoencoderKL, pictures: Tensor) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def round_trip(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
+def round_trip(vae: AutoencoderKL, pictures: Tensor, batch: int = AT_ONCE) -> Tensor:
     """Encode and decode uint8 pictures: float32 [0, 1] on the CPU."""
     device = next(vae.parameters()).device
-    parts = []
-    for part in torch.split(pictures, batch):
-        latents = vae.encode(to_model_range(part).to(device)).latent_dist.mode()
-        parts.append((vae.decode(latents).sample.float().cpu() / 2 + 0.5).clamp(0, 1))
-    return torch.cat(parts)
+    decoded = [vae.decode(part.to(device)).sample.float().cpu() for part in torch.split(encode(vae, pictures, batch), batch)]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 
 def gate(vae: AutoencoderKL, pictures: Tensor, masks: Tensor) -> dict[str, float]:

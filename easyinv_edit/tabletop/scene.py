@@ -61,7 +61,6 @@ TEXTURE_WEIGHTS = (1, 2, 2, 2)
 YAWS = (0.30, 0.40)
 """Least and greatest turn about the vertical axis: no word says it, so what an edit must guess of it has to be little."""
 
-
 PLACES: dict[str, float] = {"left": -0.36, "middle": 0.0, "right": 0.36}
 """Horizontal place of the middle of a single solid's outline, in half picture sides: exactly there, as no word says more."""
 BESIDE = 0.49
@@ -179,7 +178,7 @@ def _alone(seed: int, yaws: tuple[float, float]) -> Scene:
         size=rng.choice(list(SIZES)),
         pose=rng.choice(list(POSES)),
         yaw=rng.uniform(*yaws),
-        offset=rng.uniform(-0.06, 0.06),
+        offset=rng.uniform(-0.06, 0.06),  # kept by early_scene alone; drawn here, as the light is drawn after it
         light=rng.uniform(-0.5, 0.5),
     )
 
