@@ -216,8 +216,8 @@ def _render_bytes(seeds: range, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> Tensor:
-    """The pictures' latents, encoded once for each autoencoder: a run that is resumed finds them."""
-    path = folder / f"latents-{networks.weights_digest(vae)[:12]}-{len(pictures)}.safetensors"
+    """The pictures' latents, encoded once for each encoder: a run that is resumed, or trains only the decoder, finds them."""
+    path = folder / f"latents-{networks.weights_digest(vae.encoder, vae.quant_conv)[:12]}-{len(pictures)}.safetensors"
     if not path.exists():
         with autocast(next(vae.parameters()).device):
             latents = autoencoder.encode(vae, pictures).float().contiguous()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from easyinv_edit.errors import EasyInvError, RecipeError
 from easyinv_edit.pipeline import EditPipeline
-from easyinv_edit.tabletop import denoising, fitting, judge, networks, precision, training
+from easyinv_edit.tabletop import autoencoder, denoising, fitting, judge, networks, precision, training
 from easyinv_edit.tabletop.scene import random_table
 from tests.helpers import Command
 from tests.models import narrow_autoencoder, narrow_unet
@@ -98,6 +98,18 @@ def test_a_finished_model_is_trained_on(tmp_path: Path) -> None:
     assert not any(str(tmp_path) in config for config in configs), "where it was trained is nobody's business"
     assert record["unet"]["samples"] == 16
     assert not (tmp_path / "second" / "autoencoder.checkpoint").exists()
+
+
+def test_a_trained_decoder_leaves_the_latents_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are encoded again for another encoder only."""
+    vae, pictures = networks.build_autoencoder().eval(), torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
+    latents = training._latents(vae, pictures, tmp_path)
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder, "encode", None)
+        assert torch.equal(training._latents(vae, pictures, tmp_path), latents)
+    torch.nn.init.zeros_(vae.quant_conv.weight)
+    assert not torch.equal(training._latents(vae, pictures, tmp_path), latents)
 
 
 @pytest.mark.parametrize("there", [(), ("judge.safetensors",), ("judge.safetensors", "training.json")])
