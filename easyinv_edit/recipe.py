@@ -59,9 +59,10 @@ class EditRecipe:
     configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub name, and its strength; low_memory: see
     `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered tabletop scene; style: a second picture, for
     controllers that read one, with its prompt; prompts: one or more target prompts; inversion, control: a name and that
-    method's settings; source_features: a name, or {name: exact, dtype: float16, device: cpu, max_bytes: 100000000}; that and
-    batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size: one side, or [height, width], in pixels, by
-    default the model's own; output: the folder for pictures and result.json.
+    method's settings, or settings alone, which refine the recommended method; source_features: a name, or {name: exact,
+    dtype: float16, device: cpu, max_bytes: 100000000}; that and batch_size: see `EditPipeline.edit`; seed: of all noise that
+    is drawn; size: one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and
+    result.json.
     """
 
     model: str = "embedded"
@@ -149,7 +150,7 @@ def parse(
     refuse_all(found)
     asked_again = [] if "image" in (values or {}) else [((key,), DECIDED) for key in decided_keys(content) if key in content]
     content = {**content, **(values or {})}
-    content = _with_names({**_recommended(content.get("model", EditRecipe.model)), **content})
+    content = _over(_recommended(content.get("model", EditRecipe.model)), _named(content))
     problems_found = sorted([*_check(content), *asked_again], key=lambda item: place_of(item[0], places))
     refuse_all([problem_at(name, places, overrides, key, problem) for key, problem in problems_found])
     return EditRecipe(**content)
@@ -158,21 +159,28 @@ def parse(
 def _recommended(model: Any) -> dict[str, Any]:
     """The keys that go with a model preset; none where a folder of that name lies here."""
     known = preset(model) if isinstance(model, str) and not on_disk(model) else None
-    return dict(known.recipe) if known else {}
+    return _named(known.recipe) if known else {}
 
 
-def _with_names(content: dict[str, Any]) -> dict[str, Any]:
-    """`inversion: ddim` is short for `inversion: {name: ddim}`; settings without a name belong to the default method."""
-    defaults = {"inversion": "easyinv", "control": "masactrl", "source_features": "auto"}
+def _named(content: dict[str, Any]) -> dict[str, Any]:
+    """`inversion: ddim` is short for `inversion: {name: ddim}`, and one prompt for a list of one."""
     result = dict(content)
-    for key, default in defaults.items():
-        value = content.get(key)
-        if isinstance(value, str) and key != "source_features":
-            result[key] = {"name": value}
-        elif isinstance(value, dict):
-            result[key] = {"name": default, **value}
+    for key in ("inversion", "control"):
+        if isinstance(content.get(key), str):
+            result[key] = {"name": content[key]}
     if isinstance(content.get("prompts"), str):
         result["prompts"] = [content["prompts"]]
+    return result
+
+
+def _over(recommended: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The content over what is recommended. A named method starts from its own defaults; settings without a name refine the
+    recommended method, or the default one."""
+    result = {**recommended, **content}
+    for key, default in {"inversion": "easyinv", "control": "masactrl", "source_features": "auto"}.items():
+        value = result.get(key)
+        if isinstance(value, dict) and "name" not in value:
+            result[key] = {"name": default, **recommended.get(key, {}), **value}
     return result
 
 

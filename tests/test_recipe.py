@@ -222,7 +222,7 @@ def test_what_was_given_is_cut_to_fit_a_line() -> None:
 def test_a_method_in_short() -> None:
     assert parse("inversion: ddim").inversion == {"name": "ddim"}
     assert parse("control: none").control == {"name": "none"}
-    assert parse("control: {strength: 0.5}").control == {"name": "masactrl", "strength": 0.5}
+    assert parse("model: ./own\ncontrol: {strength: 0.5}").control == {"name": "masactrl", "strength": 0.5}
     assert parse("prompts: a red cube").prompts == ["a red cube"]
 
 
@@ -367,9 +367,14 @@ def test_a_model_preset_gives_the_defaults_and_the_file_decides_otherwise(
     monkeypatch.chdir(tmp_path)
     recipe = parse("model: sdxl\nguidance_scale: 7\ncontrol: {sites: light}", overrides=["size=512"])
     assert (recipe.dtype, recipe.size, recipe.guidance_scale) == ("float16", 512, 7)
-    assert recipe.control == {"name": "masactrl", "sites": "light"}
+    assert recipe.control == {**parse("model: sdxl").control, "sites": "light"}
     assert parse("", values={"model": "sd-turbo"}).num_inference_steps == 4
     assert parse("", overrides=["model=sd-turbo"]).inversion == {"name": "renoise"}
+    assert parse("model: sd-turbo", overrides=["inversion.eta=0.5"]).inversion == {"name": "renoise", "eta": 0.5}
+    refined = parse("", overrides=["control.start_step=0.2"]).control
+    assert refined == {**parse("").control, "start_step": 0.2}, "the other recommended settings stay"
+    named = parse("control: {name: masactrl, start_step: 0.2}").control
+    assert named == {"name": "masactrl", "start_step": 0.2}, "a name starts from the method's defaults"
     Path("sdxl").mkdir()
     assert parse("model: sdxl").guidance_scale == EditRecipe().guidance_scale, "a folder of that name is that folder"
 
