@@ -68,7 +68,9 @@ def demo(output: Output = None, quiet: Quiet = False, json_: Json = False, debug
 
 @app.command()
 def edit(
-    image: Annotated[str, typer.Argument(help="An image, an inversion made by `invert` (.safetensors), or scene:SEED.")],
+    image: Annotated[
+        str, typer.Argument(help="An image, an inversion made by `invert` (.safetensors), scene:SEED or table:SEED.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What the edited image shall show; several: 'prompts=[FIRST, SECOND]'.")],
     overrides: Overrides = None,
     source_prompt: SourcePrompt = None,
@@ -94,7 +96,7 @@ def edit(
 
 @app.command()
 def invert(
-    image: Annotated[str, typer.Argument(help="An image, or scene:SEED.")],
+    image: Annotated[str, typer.Argument(help="An image, scene:SEED or table:SEED.")],
     overrides: Overrides = None,
     output: Annotated[str, typer.Option("--output", "-o", help="The inversion file to write.")] = "inversion.safetensors",
     source_prompt: SourcePrompt = None,

@@ -18,19 +18,20 @@ app = typer.Typer(no_args_is_help=True, help="The tabletop world and the embedde
 def render_scenes(
     seeds: Annotated[list[int], typer.Argument(help="Scene seeds.")],
     output: Annotated[str, typer.Option("--output", "-o")] = "outputs/scenes",
+    table: Annotated[bool, typer.Option("--table", help="Of the wider world, one or two solids at places.")] = False,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 128,
     debug: Debug = False,
 ) -> None:
-    """Render scenes to PNG files and print their captions."""
-    from easyinv_edit.images import save_png, to_pil
+    """Render scenes to PNG files and print their captions; `scene:SEED` and `table:SEED` name them as images of edits."""
+    from easyinv_edit.images import save_png
+    from easyinv_edit.running import rendered, scene_of
     from easyinv_edit.tabletop.captions import caption
-    from easyinv_edit.tabletop.render import render
-    from easyinv_edit.tabletop.scene import random_scene
 
+    world = "table" if table else "scene"
     for seed in seeds:
-        scene = random_scene(seed)
-        path = Path(output) / f"scene-{seed}.png"
-        save_png(to_pil(render([scene], size)[0] * 2 - 1)[0], path)
+        scene = scene_of(f"{world}:{seed}")
+        path = Path(output) / f"{world}-{seed}.png"
+        save_png(rendered(scene, (size, size)), path)
         typer.echo(f"{path}: {caption(scene)}")
 
 

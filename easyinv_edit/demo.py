@@ -16,7 +16,7 @@ from easyinv_edit.figures import stack, strip
 from easyinv_edit.images import save_png, to_unit
 from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.result import EditResult, versions, write_text
-from easyinv_edit.running import SCENE, rendered, scene_of, source_image
+from easyinv_edit.running import SCENES, rendered, scene_of, source_image
 from easyinv_edit.tabletop.scene import replace
 
 
@@ -42,7 +42,7 @@ EXAMPLES = (
     ),
     Example(
         "cube-to-cylinder",
-        "scene:20000800",
+        "scene:20000063",
         "a large upright cube on a white background",
         "a large upright cylinder on a white background",
         "cylinder",
@@ -109,7 +109,7 @@ def _truth(pipe: EditPipeline, example: Example) -> Image.Image | None:
 
 
 def _located(image: str) -> str:
-    return image if image.startswith(SCENE) else str(files("easyinv_edit") / "tabletop" / "photos" / image)
+    return image if image.startswith(SCENES) else str(files("easyinv_edit") / "tabletop" / "photos" / image)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -57,12 +57,12 @@ class EditRecipe:
     model: a folder, a hub name, or a name from `models list`, whose recommended keys `read` and `parse` then take as defaults
     instead of those below, also where a recipe names no model and is the embedded one's; schedule: what of the scheduler's
     configuration is decided otherwise; lora, lora_scale: a LoRA file, folder or hub name, and its strength; low_memory: see
-    `EditPipeline.enable_low_memory`; image: a file, or "scene:SEED" for a rendered tabletop scene; style: a second picture, for
-    controllers that read one, with its prompt; prompts: one or more target prompts; inversion, control: a name and that
-    method's settings, or settings alone, which refine the recommended method; source_features: a name, or {name: exact,
-    dtype: float16, device: cpu, max_bytes: 100000000}; that and batch_size: see `EditPipeline.edit`; seed: of all noise that
-    is drawn; size: one side, or [height, width], in pixels, by default the model's own; output: the folder for pictures and
-    result.json.
+    `EditPipeline.enable_low_memory`; image: a file, or a rendered tabletop scene, "scene:SEED" (one solid in the middle) or
+    "table:SEED" (one or two at places); style: a second picture, for controllers that read one, with its prompt; prompts: one
+    or more target prompts; inversion, control: a name and that method's settings, or settings alone, which refine the
+    recommended method; source_features: a name, or {name: exact, dtype: float16, device: cpu, max_bytes: 100000000}; that and
+    batch_size: see `EditPipeline.edit`; seed: of all noise that is drawn; size: one side, or [height, width], in pixels, by
+    default the model's own; output: the folder for pictures and result.json.
     """
 
     model: str = "embedded"

@@ -20,7 +20,8 @@ from easyinv_edit.trajectory import Trajectory
 if TYPE_CHECKING:
     from easyinv_edit.tabletop.scene import Scene
 
-SCENE = "scene:"
+SCENES = ("scene:", "table:")
+"""What stands before a seed: of one solid in the middle, or of the wider world, one or two solids at places."""
 KEPT = (
     "model", "schedule", "lora", "lora_scale", "low_memory", "image", "style", "style_prompt", "source_features", "batch_size",
     "dtype", "device", "output",
@@ -51,18 +52,18 @@ def open_pipeline(recipe: EditRecipe, **options: Any) -> EditPipeline:
 
 
 def source_image(spec: str, size: tuple[int, int]) -> str | Image.Image:
-    """The image a recipe names: a path as it is, or the tabletop scene of "scene:SEED", rendered at `size`."""
-    return rendered(scene_of(spec), size) if spec.startswith(SCENE) else spec
+    """The image a recipe names: a path as it is, or the tabletop scene of "scene:SEED" or "table:SEED", rendered at `size`."""
+    return rendered(scene_of(spec), size) if spec.startswith(SCENES) else spec
 
 
 def scene_of(spec: str) -> Scene:
-    """The tabletop scene of "scene:SEED"."""
-    from easyinv_edit.tabletop.scene import random_scene
+    """The tabletop scene of "scene:SEED" or "table:SEED"."""
+    from easyinv_edit.tabletop.scene import random_scene, random_table
 
-    seed = spec.removeprefix(SCENE)
+    world, _, seed = spec.partition(":")
     if not seed.isdecimal():
-        raise InputError(f"image {spec!r}: write scene:SEED with a whole number, e.g. scene:7")
-    return random_scene(int(seed))
+        raise InputError(f"image {spec!r}: write {world}:SEED with a whole number, e.g. {world}:7")
+    return (random_scene if world == "scene" else random_table)(int(seed))
 
 
 def rendered(scene: Scene, size: tuple[int, int]) -> Image.Image:

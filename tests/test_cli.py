@@ -269,3 +269,18 @@ def test_demo(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_version_is_the_installed_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda package: f"{package}-1.2.3")
     assert command("--version")[:2] == (0, "easyinv-edit easyinv-edit-1.2.3\n")
+
+
+@pytest.mark.parametrize(("world", "options"), [("scene", ()), ("table", ("--table",))])
+def test_a_scene_is_rendered_as_an_edit_reads_it(
+    command: Command, model: str, tmp_path: Path, world: str, options: tuple[str, ...]
+) -> None:
+    code, printed, errors = command("tabletop", "render", "20000531", *options, "--size", "64", "-o", str(tmp_path))
+    picture = tmp_path / f"{world}-20000531.png"
+    assert (code, errors) == (0, "")
+    assert printed.startswith(f"{picture}: a ")
+    assert printed.endswith(" background\n")
+    assert ("on the left" in printed) == (world == "table"), "the two worlds' scenes of a seed differ"
+    edit = ("edit", f"{world}:20000531", "a ball", model, "size=64", "control=none", *QUICK, "-o", str(tmp_path / "out"))
+    assert command(*edit)[0] == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "source.png")), np.asarray(Image.open(picture)))

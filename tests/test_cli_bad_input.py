@@ -123,6 +123,7 @@ def test_an_image_that_cannot_be_used(command: Command, home: Path, make: Callab
         (("edit", "", "x"), "image: is missing; an edit needs it"),
         (("edit", "scene:", "x"), "write scene:SEED with a whole number"),
         (("edit", "scene:seven", "x"), "write scene:SEED with a whole number"),
+        (("edit", "table:seven", "x"), "write table:SEED with a whole number"),
         (("edit", "photo.png", "x", "-r", "none.yaml"), "none.yaml: cannot be read"),
         (("edit", "photo.png", "x", "-o", "photo.png/below/out"), "photo.png is no folder); choose another output folder"),
         (("edit", "photo.png", "x", "-o", "photo.png"), "photo.png is no folder"),
