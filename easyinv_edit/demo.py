@@ -35,7 +35,7 @@ class Example:
 EXAMPLES = (
     Example(
         "cube-to-ball",
-        "scene:20000759",
+        "scene:20000963",
         "a large upright cube on a white background",
         "a large upright ball on a white background",
         "ball",
