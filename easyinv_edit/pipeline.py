@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -46,6 +46,20 @@ from easyinv_edit.trajectory import Trajectory
 
 Callback = Callable[["EditPipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 """diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": ...}) -> the same dict, or None."""
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _at_work(method: Callable[Concatenate[EditPipeline, P], T]) -> Callable[Concatenate[EditPipeline, P], T]:
+    """Without gradients, and the model asked once where and in what it computes."""
+
+    @wraps(method)
+    @torch.no_grad()
+    def work(pipe: EditPipeline, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with pipe.backbone.settled():
+            return method(pipe, *args, **kwargs)
+
+    return work
 
 
 class EditPipeline:
@@ -145,7 +159,7 @@ class EditPipeline:
         options |= {"keep_features": keep_features, "callback_on_step_end": callback_on_step_end, **conditions}
         return self.invert_batch([image], [prompt], method, **options)[0]
 
-    @torch.no_grad()
+    @_at_work
     def invert_batch(
         self,
         images: Sequence[ImageInput],
@@ -185,7 +199,7 @@ class EditPipeline:
             batch = inverted(denoiser, chosen, sources, keep_features, generator, on_level)
         return apart(batch, sources, {**self.backbone.identity(), "name": self.name}, cost)
 
-    @torch.no_grad()
+    @_at_work
     def edit(
         self,
         source: Trajectory | ImageInput,
@@ -281,7 +295,7 @@ class EditPipeline:
             stack.callback(self.backbone.release)
             return finish(self.backbone, trajectory, texts_of(prompts), z, **options)
 
-    @torch.no_grad()
+    @_at_work
     def reconstruct(
         self,
         trajectories: Trajectory | Sequence[Trajectory],

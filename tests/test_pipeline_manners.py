@@ -91,6 +91,32 @@ def test_nothing_is_left_on_the_model(untrained: EditPipeline, picture: Image.Im
     assert set(vars(untrained)) == {"backbone", "name", "_bar", "_frugal"}
 
 
+@pytest.mark.parametrize("steps", [T, 4 * T])
+def test_diffusers_looks_through_the_model_once_a_call_however_many_its_steps(
+    untrained: EditPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    asked: list[str] = []
+    for kind, name in ((type(untrained.backbone.pipe), "_execution_device"), (type(untrained.backbone.network), "dtype")):
+        usual = getattr(kind, name).fget
+        monkeypatch.setattr(kind, name, property(lambda self, usual=usual, name=name: asked.append(name) or usual(self)))
+    trajectory = untrained.invert(picture, method="ddim", num_inference_steps=steps)
+    untrained.reconstruct(trajectory)
+    assert asked.count("_execution_device") == 2
+    few = len(asked)
+    untrained.edit(trajectory, TARGETS, control="none", output_type="latent")
+    assert asked.count("_execution_device") == 3
+    assert few < 10, "beside ours, diffusers' own questions when it encodes a prompt"
+
+
+def test_a_model_moved_between_two_calls_is_asked_again(untrained: EditPipeline, picture: Image.Image) -> None:
+    options: dict[str, Any] = {"method": "ddim", "num_inference_steps": T}
+    assert untrained.invert(picture, **options).latents.dtype == torch.float32
+    with pytest.raises(InputError):
+        untrained.invert(picture, num_inference_steps=0)
+    untrained.backbone.pipe.to(torch.float64)
+    assert untrained.invert(picture, **options).latents.dtype == torch.float64
+
+
 def test_works_inside_inference_mode(untrained: EditPipeline, picture: Image.Image) -> None:
     with torch.inference_mode():
         inside = untrained(picture, TARGETS, inversion="ddim", num_inference_steps=T)

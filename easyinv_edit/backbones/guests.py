@@ -87,10 +87,12 @@ def _nets(pipe: Any) -> list[Any]:
     return nets
 
 
-def residuals(pipe: Any, z: Tensor, label: Tensor, conditioning: Conditioning, added: Mapping[str, Any]) -> dict[str, Any]:
+def residuals(
+    pipe: Any, z: Tensor, label: Tensor, conditioning: Conditioning, added: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
     """The UNet's arguments with what the ControlNets add; a row with scale 0 is not evaluated and gets exact zeros.
 
-    z (rows, C, H, W) and label as the UNet gets them; added: the rows' `added_cond_kwargs`.
+    z (rows, C, H, W) and label as the UNet gets them; added: the rows' `added_cond_kwargs`; dtype: the UNet's.
     """
     if conditioning.hints is None or conditioning.hint_scales is None:
         return {}
@@ -109,16 +111,17 @@ def residuals(pipe: Any, z: Tensor, label: Tensor, conditioning: Conditioning, a
         own = conditioning.select(rows)
         assert own.hints is not None
         assert own.hint_scales is not None
+        own_dtype = net.dtype  # asked once a call: diffusers walks through the whole net for it
         down, mid = net(
-            z[rows].to(net.dtype),
+            z[rows].to(own_dtype),
             label[rows] if label.ndim else label,
-            encoder_hidden_states=own.embeddings.to(net.dtype),
-            controlnet_cond=own.hints[:, i].to(net.dtype),
+            encoder_hidden_states=own.embeddings.to(own_dtype),
+            controlnet_cond=own.hints[:, i].to(own_dtype),
             added_cond_kwargs={key: value[rows] for key, value in added.items() if isinstance(value, Tensor)},
             return_dict=False,
         )
         scale = own.hint_scales[:, i].to(mid).reshape(-1, 1, 1, 1)
-        spread = [_spread((scale * part).to(pipe.unet.dtype), rows, len(z)) for part in (*down, mid)]
+        spread = [_spread((scale * part).to(dtype), rows, len(z)) for part in (*down, mid)]
         total = [a + b for a, b in zip(total, spread, strict=True)] if total else spread
     if not total:
         return {}
@@ -139,10 +142,10 @@ def _spread(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
     return full
 
 
-def guidance_embedding(pipe: Any, conditioning: Conditioning) -> dict[str, Tensor]:
-    """The argument by which a distilled UNet is told its guidance scale; diffusers counts it from 1."""
+def guidance_embedding(pipe: Any, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The argument by which a distilled UNet of that dtype is told its guidance scale; diffusers counts it from 1."""
     size = pipe.unet.config.time_cond_proj_dim
     if size is None or conditioning.guidance is None:
         return {}
     embedded = pipe.get_guidance_scale_embedding(conditioning.guidance.cpu() - 1, embedding_dim=size)
-    return {"timestep_cond": embedded.to(conditioning.embeddings.device, pipe.unet.dtype)}
+    return {"timestep_cond": embedded.to(conditioning.embeddings.device, dtype)}

@@ -8,7 +8,8 @@ for a float64 UNet). Other families of the same kind say here what differs: `ser
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,7 @@ class StableDiffusion:
     def __init__(self, pipe: Any, schedule: Mapping[str, Any] | None = None) -> None:
         self.pipe = pipe
         self._overrides = check_overrides(schedule or {})
+        self._settled: tuple[torch.device, torch.dtype] | None = None
 
     @staticmethod
     def serves(pipe: Any) -> bool:
@@ -48,15 +50,29 @@ class StableDiffusion:
         """The UNet."""
         return self.pipe.unet
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, `device` and `network_dtype` are asked once: diffusers walks through the whole model for either."""
+        before, self._settled = self._settled, self._settled or (self.device, self.network_dtype)
+        try:
+            yield
+        finally:
+            self._settled = before
+
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes, right under offload too."""
-        return self.pipe._execution_device
+        return self._settled[0] if self._settled else self.pipe._execution_device
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """Dtype the UNet computes in."""
+        return self._settled[1] if self._settled else self.pipe.unet.dtype
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of latents: at least float32."""
-        return torch.promote_types(torch.float32, self.pipe.unet.dtype)
+        return torch.promote_types(torch.float32, self.network_dtype)
 
     @property
     def downscale(self) -> int:
@@ -93,16 +109,16 @@ class StableDiffusion:
 
     def predict(self, z: Tensor, timestep: int | Tensor, conditioning: Conditioning) -> Tensor:
         """Raw UNet output (rows, C, H, W) in the latents' dtype; timestep: one for all rows, or (rows,)."""
-        unet = self.pipe.unet
-        dtype = unet.dtype  # asked once: diffusers looks through every parameter for it
+        dtype = self.network_dtype
         label = torch.as_tensor(timestep, device=z.device)
         added = self.added(conditioning)
-        inputs = guests.residuals(self.pipe, z, label, conditioning, added) | guests.guidance_embedding(self.pipe, conditioning)
+        inputs = guests.residuals(self.pipe, z, label, conditioning, added, dtype)
+        inputs |= guests.guidance_embedding(self.pipe, conditioning, dtype)
         if conditioning.images:
             added["image_embeds"] = [image.to(z.device, dtype) for image in conditioning.images]
         text = conditioning.embeddings.to(dtype)
         inputs |= {"added_cond_kwargs": added} if added else {}
-        return unet(z.to(dtype), label, encoder_hidden_states=text, return_dict=False, **inputs)[0].to(z.dtype)
+        return self.pipe.unet(z.to(dtype), label, encoder_hidden_states=text, return_dict=False, **inputs)[0].to(z.dtype)
 
     def added(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the family adds to the text: nothing here."""
@@ -170,7 +186,7 @@ class StableDiffusion:
             return pixels, None
         unit = (pixels / 2 + 0.5).clamp(0, 1)
         array = unit.permute(0, 2, 3, 1).cpu().float().numpy()
-        checked, flags = self.pipe.run_safety_checker(array, self.device, self.pipe.unet.dtype)
+        checked, flags = self.pipe.run_safety_checker(array, self.device, self.network_dtype)
         return torch.from_numpy(checked).permute(0, 3, 1, 2).to(pixels) * 2 - 1, list(flags)
 
     def release(self) -> None:

@@ -50,4 +50,4 @@ class StableDiffusionXL(StableDiffusion):
     def added(self, conditioning: Conditioning) -> dict[str, Any]:
         """The pooled text and the sizes, as the UNet takes them."""
         assert conditioning.pooled is not None
-        return {"text_embeds": conditioning.pooled.to(self.pipe.unet.dtype), "time_ids": conditioning.time_ids}
+        return {"text_embeds": conditioning.pooled.to(self.network_dtype), "time_ids": conditioning.time_ids}

@@ -1,6 +1,6 @@
 """What an edit promises whatever the model family, the inversion method and the controller: every method and every
-controller on Stable Diffusion with epsilon and with v prediction (16 attention sites) and on SDXL (70); every pair of them on
-the first, and with `-m slow` on all."""
+controller on Stable Diffusion with epsilon and with v prediction (16 attention sites) and on SDXL (70); every pair of them
+with `-m slow`."""
 
 from __future__ import annotations
 
@@ -42,16 +42,18 @@ SOME = [pair for pair in EVERY if pair[0] == "ddim" or pair[1] == "masactrl"]
 MORE = [pair for pair in EVERY if (pair[0] == "edict" or pair[1] == "none") and pair not in SOME]
 """The same beside pairs of latents, and beside no control."""
 SOME_PAIRS = pytest.mark.parametrize(("inversion", "controller"), [*SOME, *(pytest.param(*pair, marks=SLOW) for pair in MORE)])
-PINNED = pytest.mark.parametrize("pinned", [True, False])
-SECOND = pytest.mark.parametrize(
-    ("bench", "inversion", "controller", "pinned"),
-    [
-        pytest.param(family, *pair, pinned, marks=() if (family, pinned) == ("sd", True) or pair in SOME else SLOW)
-        for family, pair, pinned in product(FAMILIES, EVERY, (True, False))
-    ],
-    indirect=["bench"],
-)
-"""Every pair on every family, pinned and not: on SD 1.x each of them pinned, else those of `SOME`; the rest by `-m slow`."""
+
+
+def pinned_or_not(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Pairs on every family, pinned and not. Those of `SOME` on SD 1.x both, on the others pinned; the rest by `-m slow`."""
+    return pytest.mark.parametrize(
+        ("bench", "inversion", "controller", "pinned"),
+        [
+            pytest.param(family, *pair, pinned, marks=() if pair in SOME and (pinned or family == "sd") else SLOW)
+            for family, pair, pinned in product(FAMILIES, pairs, (True, False))
+        ],
+        indirect=["bench"],
+    )
 
 
 def steps_of(inversion: str) -> int:
@@ -133,7 +135,7 @@ def test_the_families_have_the_published_numbers_of_sites(bench: Bench) -> None:
         assert len(list_sites(bench.pipe.backbone.network, kind)) == (70 if bench.pipe.backbone.family == "sdxl" else 16)
 
 
-@SECOND
+@pinned_or_not(EVERY)
 def test_a_second_edit_is_bitwise_the_first(bench: Bench, inversion: str, controller: str, pinned: bool) -> None:
     first = bench.first(inversion, controller, pinned).targets
     assert first.shape == (1, 4, SIDE, SIDE)
@@ -154,8 +156,7 @@ def test_saved_and_reloaded_it_edits_bitwise_the_same(bench: Bench, inversion: s
     assert torch.equal(again.targets, bench.first(inversion, controller, False).targets)
 
 
-@SOME_PAIRS
-@PINNED
+@pinned_or_not([*SOME, *MORE])
 def test_two_prompts_are_two_edits(bench: Bench, inversion: str, controller: str, pinned: bool) -> None:
     """In either order, each as it is alone."""
     alone = bench.first(inversion, controller, pinned).targets
