@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from easyinv_edit.evaluation import suite
@@ -15,6 +16,7 @@ from tests import models
 from tests.evaluation.test_pie_bench import MADE_UP, write
 from tests.helpers import Command
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::easyinv_edit.errors.EasyInvWarning")
 
 
@@ -111,7 +113,10 @@ def test_pie_bench(command: Command, model: str, tmp_path: Path) -> None:
 
 
 def test_tabletop_reconstruction(command: Command, model: str, tmp_path: Path) -> None:
-    few = ["data.count=1", "num_inference_steps=10", "pictures=0"]
+    """Of the two methods that are tuned picture by picture, one iteration a level."""
+    shipped = OmegaConf.load(ROOT / "configs/benchmarks/tabletop_reconstruction.yaml").inversions
+    quick = [f"{{name: {each}, iterations: 1}}" if each in ("null_text", "prompt_tuning") else each for each in shipped]
+    few = ["data.count=1", "num_inference_steps=10", "pictures=0", f"inversions=[{', '.join(quick)}]"]
     content = done(command, "inversion", "tabletop_reconstruction", tmp_path / "run", model, *few)
     counts = lines(content)
     assert len(counts) == 13
