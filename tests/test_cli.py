@@ -249,9 +249,9 @@ def test_doctor_finds_the_embedded_model() -> None:
 
 @pytest.mark.usefixtures("embedded")
 def test_demo(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight steps instead of fifty: what is written and printed, not how good it looks."""
+    """Five steps instead of fifty: what is written and printed, not how good it looks."""
     whole: Callable[..., Any] = EditPipeline.__call__
-    quick = {"num_inference_steps": 8}
+    quick = {"num_inference_steps": 5}
     monkeypatch.setattr(EditPipeline, "__call__", lambda pipe, *given, **options: whole(pipe, *given, **{**options, **quick}))
     code, printed, errors = command("demo", "-o", str(tmp_path / "demo"), "--json")
     assert (code, errors) == (0, "")

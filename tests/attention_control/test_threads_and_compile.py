@@ -164,10 +164,10 @@ POINTED = {"source_words": "red", "target_words": "red", "mask_threshold": 0.4}
 COMPILED: dict[str, tuple[Any, list[int]]] = {
     "masactrl": (MasaCtrl(**WINDOW), [3, 4, 5]),
     "prompt_to_prompt": (PromptToPrompt(sites="0-", **FOLLOWING, **BLENDED), [*range(6)]),
-    "plug_and_play": (PlugAndPlay(sites="0-", feature=FEATURE, feature_stop_step=6), [*range(6)]),
 }
-"""One that changes routes alone, and two that look at more, with the steps that they must move."""
+"""One that changes routes alone, and one that looks at more, with the steps that they must move."""
 OTHERS: dict[str, tuple[Any, list[int]]] = {
+    "plug_and_play": (PlugAndPlay(sites="0-", feature=FEATURE, feature_stop_step=6), [*range(6)]),
     "masactrl, union": (MasaCtrl(**WINDOW, strength=0.5), [3, 4, 5]),
     "masactrl, masks": (MasaCtrl(**WINDOW, source_mask=torch.eye(16), target_mask=torch.eye(16)), [3, 4, 5]),
     "masactrl, words from the first step": (MasaCtrl(sites="0-", start_step=0, stop_step=6, **POINTED), [*range(6)]),

@@ -27,6 +27,7 @@ from easyinv_edit.tabletop import judge as judging
 from easyinv_edit.tabletop.judge import shown
 from easyinv_edit.tabletop.render import render
 from easyinv_edit.tabletop.scene import random_scene
+from easyinv_edit.trajectory import Trajectory
 from tests import models
 from tests.helpers import Command
 
@@ -186,11 +187,18 @@ def test_edits_of_a_folder_have_neither_truth_nor_mask(model: Path, tmp_path: Pa
     assert set(row["pictures"]) == {"source", "result"}
 
 
+@pytest.fixture(scope="module")
+def inverted(pipe: EditPipeline) -> list[tuple[TabletopEdit, Trajectory]]:
+    """One item of every task."""
+    items = [item for task in ALL_TASKS.values() for item in tabletop_edits(task, SEED, 1, SIZE)]
+    return [(item, pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=2)) for item in items]
+
+
 @pytest.mark.parametrize("name", bench.CONTROLS)
-def test_every_control_can_be_built_for_every_item(name: str, pipe: EditPipeline) -> None:
-    for task in ALL_TASKS.values():
-        (item,) = tabletop_edits(task, SEED, 1, SIZE)
-        made = pipe.invert(item.picture, item.prompt, "ddim", num_inference_steps=2)
+def test_every_control_can_be_built_for_every_item(
+    name: str, pipe: EditPipeline, inverted: list[tuple[TabletopEdit, Trajectory]]
+) -> None:
+    for item, made in inverted:
         control = filled(bench.CONTROLS[name], known_of(item))
         result = pipe.edit(made, item.target_prompt, control=control, guidance_scale=3.0, output_type="latent")
         assert isinstance(result.images, torch.Tensor)

@@ -168,6 +168,7 @@ def test_no_seed_is_one_of_training_or_of_another_evaluation() -> None:
     assert min(seeds) >= suite.FIRST_SEED > max(max(others) for others in used.values())
 
 
+@pytest.mark.slow
 def test_no_scene_before_or_after_its_edit_was_trained_on() -> None:
     worlds = (random_scene, random_table, early_scene)
     seen = {make(seed) for make in worlds for seed in range(trained_on())}

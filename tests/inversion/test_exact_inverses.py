@@ -159,7 +159,7 @@ def test_it_is_exact_with_a_random_network(
 
 
 @EACH
-@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("steps", [pytest.param(20, marks=pytest.mark.slow), 50])
 @pytest.mark.parametrize(
     ("kind", "guidance", "dtype"),
     [("epsilon", 7.5, torch.float64), ("v_prediction", 7.5, torch.float32)],

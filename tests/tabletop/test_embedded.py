@@ -24,8 +24,8 @@ SCENES = [random_scene(30_000_000 + i) for i in range(80)]
 
 @pytest.fixture(scope="module")
 def reconstructions(embedded: EditPipeline) -> dict[str, Reconstruction]:
-    pictures = [to_pil(p[None] * 2 - 1)[0] for p in render(SCENES[:2], embedded.backbone.native_size[0])[0]]
-    prompts = [caption(scene) for scene in SCENES[:2]]
+    pictures = [to_pil(p[None] * 2 - 1)[0] for p in render(SCENES[:1], embedded.backbone.native_size[0])[0]]
+    prompts = [caption(scene) for scene in SCENES[:1]]
     return {m: reconstruct(embedded, pictures, prompts, m, 10) for m in ("ddim", "easyinv", "fixed_point")}
 
 
