@@ -282,8 +282,8 @@ def test_the_two_meanings_of_no_negative_prompt_are_different_edits() -> None:
 
 @pytest.mark.parametrize(("name", "other"), [("sdxl", "sd"), ("sd", "sdxl")])
 def test_easyinv_takes_the_settings_of_the_family(name: Any, other: Any) -> None:
-    steps, picture = 20, gradient((32, 32))
-    hits = {"sd": [2, 3, 4], "sdxl": [18]}  # between 0.05 and 0.25, and between 0.85 and 0.95 of them
+    steps, picture = 10, gradient((32, 32))
+    hits = {"sd": [1, 2], "sdxl": [9]}  # between 0.05 and 0.25, and between 0.85 and 0.95 of them
     assert EasyInv().hit_steps(steps, name) == hits[name]
     auto, own, others, plain = (
         edit_pipeline(name).invert(picture, SOURCE, method, num_inference_steps=steps).latents

@@ -22,7 +22,7 @@ from easyinv_edit.pipeline import EditPipeline
 from easyinv_edit.trajectory import Trajectory
 from tests.models import FAMILIES
 
-T = 4
+T = 3
 SIDE = 8
 SOURCE, TARGET, OTHER = "a red cube", "a ball", "a green cone"
 QUICK: dict[str, dict[str, Any]] = {"null_text": {"iterations": 1}, "prompt_tuning": {"iterations": 1}}
