@@ -117,6 +117,20 @@ def test_a_model_moved_between_two_calls_is_asked_again(untrained: EditPipeline,
     assert untrained.invert(picture, **options).latents.dtype == torch.float64
 
 
+def test_calls_that_overlap_leave_nothing_settled(untrained: EditPipeline) -> None:
+    """As two threads enter and leave them: the first to come is the first to go."""
+    backbone = untrained.backbone
+    first, second = backbone.settled(), backbone.settled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    backbone.pipe.to(torch.float64)
+    assert backbone.network_dtype == torch.float64
+    second.__exit__(None, None, None)
+    backbone.pipe.to(torch.float32)
+    assert backbone.network_dtype == torch.float32
+
+
 def test_works_inside_inference_mode(untrained: EditPipeline, picture: Image.Image) -> None:
     with torch.inference_mode():
         inside = untrained(picture, TARGETS, inversion="ddim", num_inference_steps=T)

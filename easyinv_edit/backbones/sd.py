@@ -52,22 +52,28 @@ class StableDiffusion:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, `device` and `network_dtype` are asked once: diffusers walks through the whole model for either."""
-        before, self._settled = self._settled, self._settled or (self.device, self.network_dtype)
+        """Inside, `device` and `network_dtype` are asked once: diffusers walks through the whole model for either.
+
+        Whoever finds them unasked asks and forgets; another thread that is inside meanwhile asks for itself from then on.
+        """
+        asks = self._settled is None
+        if asks:
+            self._settled = (self.device, self.network_dtype)
         try:
             yield
         finally:
-            self._settled = before
+            if asks:
+                self._settled = None
 
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes, right under offload too."""
-        return self._settled[0] if self._settled else self.pipe._execution_device
+        return known[0] if (known := self._settled) else self.pipe._execution_device
 
     @property
     def network_dtype(self) -> torch.dtype:
         """Dtype the UNet computes in."""
-        return self._settled[1] if self._settled else self.pipe.unet.dtype
+        return known[1] if (known := self._settled) else self.pipe.unet.dtype
 
     @property
     def dtype(self) -> torch.dtype:
